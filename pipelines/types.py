@@ -1,0 +1,123 @@
+"""The words the rooms share: samples, batches, loaders, and the errors a user can cause.
+
+Suffix letters name the axes of an array or tensor, here and in `bce3s`:
+
+    B  batch: source images of one step     S  samples decoded for one step: 2B in training (instance, then partner), B in evaluation
+    H W C  image                            V  views of one step (3B rows: source, mixup, cutmix)
+    K  classes   D  feature dimension       P  projection dimension       N  samples of a split
+
+Errors, each one sentence that names the path and the next step:
+
+    UserError (ValueError)
+    ├── ConfigError    an option, name or value that cannot work
+    ├── DatasetError   the source images or lists
+    ├── ShardError     the shards on disk
+    └── BackendError   an optional package or device that is missing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+IntArray = NDArray[np.int64]
+JsonValue = Any
+SPLITS = ("train", "val", "test")
+
+
+class UserError(ValueError):
+    """Something the user can mend; command lines print it as one sentence and exit with status 2."""
+
+
+class ConfigError(UserError):
+    """An option, name or value that cannot work."""
+
+
+class DatasetError(UserError):
+    """The source images or lists are not what the data set expects."""
+
+
+class ShardError(UserError):
+    """The shards on disk are missing, damaged, or of another version."""
+
+
+class BackendError(UserError):
+    """An optional package or a device is missing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedSample:
+    """One image as bytes on disk. `extension` is "jpg" or "png"; `source` names the origin in messages (a path, or file#row)."""
+
+    encoded: bytes
+    extension: str
+    label: int
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split of a data set, not yet decoded.
+
+    `labels_N`: int64 [N], 0 ≤ label < K. `read(i)` returns sample i; it is called from several threads at once
+    and raises `DatasetError` naming the file where it cannot be read.
+    """
+
+    labels_N: IntArray
+    read: Callable[[int], EncodedSample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenDataset:
+    """A data set ready to be sharded: `splits` maps each of `SPLITS` to a `Split` (which may be empty, N = 0)."""
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: Mapping[str, Split]
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's input, on the device.
+
+    Args:
+        images_SHWC: uint8 [S, H, W, 3], cropped and flipped; rows 0…B−1 are the instance stream, B…2B−1 the partner stream (training only).
+        labels_S: int64 [S], on the same device.
+        ids_S: int64 [S], on the host: positions in the split's index.
+        mix: float32 [6] on the device, `(lam_mixup, lam_cutmix, y0, y1, x0, x1)`; None in evaluation.
+        epoch, step: where in the order this batch stands (step counts from 0 within the epoch).
+    """
+
+    images_SHWC: torch.Tensor
+    labels_S: torch.Tensor
+    ids_S: IntArray
+    mix: torch.Tensor | None
+    epoch: int
+    step: int
+
+    @property
+    def num_sources(self) -> int:
+        """B: images of the instance stream."""
+        return len(self.ids_S) // 2 if self.mix is not None else len(self.ids_S)
+
+
+class Loader(Protocol):
+    """What every entry of `LOADERS` delivers: the same ids in the same order, whatever decodes them."""
+
+    num_steps: int
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yields the batches of `epoch` from `start_step` on. One iterator at a time; an abandoned one must be closed (or collected) first."""
+        ...
+
+    def close(self) -> None:
+        """Frees threads and buffers; the loader cannot be used afterwards."""
+        ...
