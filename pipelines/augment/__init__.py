@@ -1,0 +1,1 @@
+"""Whole-batch augmentation on the device: crop and flip, policies, mixing into the three views."""

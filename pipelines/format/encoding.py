@@ -1,0 +1,62 @@
+"""What bytes go into a shard: every image is decoded once here, so that nothing undecodable ever reaches training."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+from PIL import Image, ImageOps
+
+from pipelines.types import DatasetError, EncodedSample
+
+_EXIF_ORIENTATION = 0x0112
+_KEPT = {"JPEG": ("jpg", {"RGB", "L"}), "PNG": ("png", {"RGB", "L"})}
+JPEG_QUALITY = 95
+MAX_PIXELS = 178_956_970
+
+
+def _reencode(image: Image.Image) -> bytes:
+    """Upright RGB, baseline 4:2:0 JPEG; transparency is laid on white, as a browser shows it."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        layer = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    buffer = io.BytesIO()
+    upright.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0", optimize=False, progressive=False)
+    return buffer.getvalue()
+
+
+def prepare_sample(sample: EncodedSample) -> tuple[EncodedSample, int, int, bool]:
+    """Decodes `sample` in full and returns it ready for a tar: (sample, height, width, re-encoded?).
+
+    Upright 8-bit RGB or grey JPEG and PNG keep their bytes. Everything else (CMYK, palette, alpha, 16 bit, EXIF rotation, other
+    formats) becomes an upright RGB JPEG of quality 95, so that any reader sees the same pixels.
+
+    Raises:
+        DatasetError: the image does not decode, is empty or has more than `MAX_PIXELS` pixels; the sentence names its source.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata and of large images; size is judged below, metadata does not matter here.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(sample.encoded)) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS or max(width, height) > 65_535:
+                    raise DatasetError(f"{sample.source} is too large to be an image of a data set ({width}x{height} pixels)")
+                image.load()
+                extension, modes = _KEPT.get(image.format or "", ("", set()))
+                keep = extension and image.mode in modes and "transparency" not in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+                if keep:
+                    return _renamed(sample, sample.encoded, extension), height, width, False
+                encoded = _reencode(image)
+    except DatasetError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more
+        raise DatasetError(f"{sample.source} is not a readable image: {str(error) or type(error).__name__}") from error
+    with Image.open(io.BytesIO(encoded)) as upright:
+        width, height = upright.size
+    return _renamed(sample, encoded, "jpg"), height, width, True
+
+
+def _renamed(sample: EncodedSample, encoded: bytes, extension: str) -> EncodedSample:
+    return EncodedSample(encoded=encoded, extension=extension, label=sample.label, source=sample.source)

@@ -1,0 +1,103 @@
+"""The plan of a batch: ids, crops, flips, policy and mixing, drawn on the host before any pixel is read.
+
+A plan is a pure function of (seed, epoch, step, rank), so every loader delivers the same samples with the same augmentation, and a
+resumed run continues exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.augment.cutout import draw_cutout_centers
+from pipelines.augment.geometry import FlipArray, WindowArray, center_windows, draw_windows
+from pipelines.augment.mix import MixArray, draw_mix
+from pipelines.augment.policies import PolicyPlan, draw_policy
+from pipelines.config import AugmentConfig
+from pipelines.order import INSTANCE, PARTNER, SampleOrder
+from pipelines.randomness import Purpose, derive_key, position_keys
+from pipelines.types import IntArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """What one batch will hold; S = 2B in training (instance, then partner), B in evaluation.
+
+    Args:
+        epoch, step: place in the order.
+        ids_S: int64 [S].
+        windows_S4, flips_S: crop and flip of each sample.
+        policy: drawn operations, None without a policy.
+        cutout_S2: int32 [S, 2] centres, None without cutout.
+        mix: λ and box, None in evaluation.
+    """
+
+    epoch: int
+    step: int
+    ids_S: IntArray
+    windows_S4: WindowArray
+    flips_S: FlipArray
+    policy: PolicyPlan | None
+    cutout_S2: np.ndarray | None
+    mix: MixArray | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitGeometry:
+    """Sizes the crops depend on: those of the stored images, int64 [N], and of the result in pixels."""
+
+    heights_N: IntArray
+    widths_N: IntArray
+    image_size: int
+
+
+def train_plans(
+    order: SampleOrder, geometry: SplitGeometry, augment: AugmentConfig, epoch: int, start_step: int, rank: int, world_size: int
+) -> Iterator[BatchPlan]:
+    """The plans of one training epoch from `start_step` on."""
+    streams = (order.instance_epoch(epoch), order.partner_epoch(epoch))
+    bases = {
+        purpose: [derive_key(order.seed, epoch, stream, purpose) for stream in (INSTANCE, PARTNER)]
+        for purpose in (Purpose.CROP, Purpose.POLICY, Purpose.CUTOUT)
+    }
+    for step in range(start_step, order.num_steps):
+        positions = order.step_positions(step, rank, world_size)
+        ids_S = np.concatenate([stream[positions] for stream in streams])
+        keys = {purpose: np.concatenate([position_keys(base, positions) for base in pair]) for purpose, pair in bases.items()}
+        windows_S4, flips_S = draw_windows(
+            keys[Purpose.CROP], geometry.heights_N[ids_S], geometry.widths_N[ids_S], geometry.image_size, augment
+        )
+        yield BatchPlan(
+            epoch=epoch,
+            step=step,
+            ids_S=ids_S,
+            windows_S4=windows_S4,
+            flips_S=flips_S,
+            policy=None if augment.policy == "none" else draw_policy(augment.policy, keys[Purpose.POLICY]),
+            cutout_S2=draw_cutout_centers(keys[Purpose.CUTOUT], geometry.image_size, geometry.image_size) if augment.cutout else None,
+            mix=draw_mix(order.seed, epoch, step, geometry.image_size, augment),
+        )
+
+
+def eval_plans(
+    geometry: SplitGeometry, eval_crop: float, batch_size: int, start_step: int, rank: int, world_size: int
+) -> Iterator[BatchPlan]:
+    """Every sample once, in id order, centre crop, no randomness; the last batch is smaller."""
+    num_samples = len(geometry.heights_N)
+    for step in range(start_step, -(-num_samples // batch_size)):
+        start = step * batch_size
+        length = min(batch_size, num_samples - start)
+        ids_S = np.arange(start + length * rank // world_size, start + length * (rank + 1) // world_size, dtype=np.int64)
+        windows_S4 = center_windows(geometry.heights_N[ids_S], geometry.widths_N[ids_S], eval_crop)
+        yield BatchPlan(
+            epoch=0,
+            step=step,
+            ids_S=ids_S,
+            windows_S4=windows_S4,
+            flips_S=np.zeros(len(ids_S), np.int32),
+            policy=None,
+            cutout_S2=None,
+            mix=None,
+        )

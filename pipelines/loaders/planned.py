@@ -1,0 +1,112 @@
+"""The one loader: plans batches, lets a pixel source fill them, finishes them on the device.
+
+    order ─→ BatchPlan (host) ─→ PixelSource.stream: decode, crop, flip ─→ policy, cutout (device) ─→ Batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipelines.augment.cutout import cutout
+from pipelines.augment.policies import apply_policy
+from pipelines.config import DataConfig
+from pipelines.format import ShardSplit
+from pipelines.loaders.plan import BatchPlan, SplitGeometry, eval_plans, train_plans
+from pipelines.order import SampleOrder
+from pipelines.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelRequest:
+    """What a pixel source is asked to serve."""
+
+    split: ShardSplit
+    config: DataConfig
+    training: bool
+    device: torch.device
+    rank: int
+    world_size: int
+    seed: int
+
+    @property
+    def max_samples(self) -> int:
+        """S of the largest batch of this rank."""
+        per_rank = -(-min(self.config.batch_size, len(self.split)) // self.world_size)
+        return (2 if self.training else 1) * per_rank
+
+
+class PixelSource(Protocol):
+    """Turns plans into pixels, in order."""
+
+    stored_size: int | None
+    """Side in pixels to which the source has already brought every image (crops are drawn for that size), or None: as in the index."""
+
+    def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
+        """Yields each plan with its images, uint8 [S, image_size, image_size, 3] on the device, cropped and flipped."""
+        ...
+
+    def close(self) -> None:
+        """Frees threads and buffers."""
+        ...
+
+
+class PlannedLoader:
+    """Implements `pipelines.types.Loader` over any `PixelSource`.
+
+    Attributes:
+        num_steps: batches of an epoch on every rank.
+    """
+
+    def __init__(self, request: PixelRequest, source: PixelSource, num_classes: int) -> None:
+        """Groups the samples by class once; everything else happens in `epoch`."""
+        split, config = request.split, request.config
+        self._request, self._source = request, source
+        self._labels_N = torch.from_numpy(split.labels_N)
+        self._order = SampleOrder(split.labels_N, num_classes, config.batch_size, request.seed, config.order)
+        heights_N, widths_N = split.heights_N, split.widths_N
+        if source.stored_size is not None:
+            heights_N = widths_N = np.full(len(split), source.stored_size, np.int64)
+        self._geometry = SplitGeometry(heights_N=heights_N, widths_N=widths_N, image_size=config.image_size)
+        self.num_steps = self._order.num_steps if request.training else -(-len(split) // config.batch_size)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yields the batches of `epoch` from `start_step` on."""
+        stream = self._source.stream(self._plans(epoch, start_step))
+        try:
+            for plan, images_SHWC in stream:
+                yield self._finish(plan, images_SHWC)
+        finally:
+            stream.close()
+
+    def _plans(self, epoch: int, start_step: int) -> Iterator[BatchPlan]:
+        request = self._request
+        augment = request.config.augment
+        if request.training:
+            return train_plans(self._order, self._geometry, augment, epoch, start_step, request.rank, request.world_size)
+        return eval_plans(
+            self._geometry, augment.eval_crop, request.config.batch_size, start_step, request.rank, request.world_size
+        )
+
+    def _finish(self, plan: BatchPlan, images_SHWC: torch.Tensor) -> Batch:
+        if plan.policy is not None:
+            images_SHWC = apply_policy(images_SHWC, plan.policy)
+        if plan.cutout_S2 is not None:
+            images_SHWC = cutout(images_SHWC, to_device(plan.cutout_S2, images_SHWC.device), self._request.config.augment.cutout)
+        labels_S = self._labels_N[torch.from_numpy(plan.ids_S)].to(images_SHWC.device, non_blocking=True)
+        mix = None if plan.mix is None else to_device(plan.mix, images_SHWC.device)
+        return Batch(images_SHWC=images_SHWC, labels_S=labels_S, ids_S=plan.ids_S, mix=mix, epoch=plan.epoch, step=plan.step)
+
+    def close(self) -> None:
+        """Frees the pixel source; the loader cannot be used afterwards."""
+        self._source.close()
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copies a small host array; from pinned memory and without waiting where the device is a GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,0 +1,172 @@
+"""What every loader promises: the same batches of ids, labels, crops and mixing in the same order, from any point, at any thread count."""
+
+from __future__ import annotations
+
+import gc
+import io
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.config import AugmentConfig, DataConfig, OrderConfig
+from pipelines.format import ShardSet
+from pipelines.loaders import LOADERS, PlannedLoader, build_loader, choose_loader
+from pipelines.types import Batch, ConfigError, ShardError
+
+CPU = torch.device("cpu")
+PAD = AugmentConfig(crop="pad", policy="autoaugment-cifar10", cutout=8, eval_crop=1.0)
+RESIZED = AugmentConfig(crop="resized", eval_crop=0.875)
+EXACT = ["dali", "resident"]
+
+
+def config_for(loader: str, augment: AugmentConfig = PAD, **changes: Any) -> DataConfig:
+    order = OrderConfig(sampling="class-balanced")
+    return replace(DataConfig(loader=loader, batch_size=16, image_size=32, num_threads=2, order=order, augment=augment), **changes)
+
+
+def loader_for(shards: ShardSet, loader: str, split: str = "train", seed: int = 0, rank: int = 0, world_size: int = 1, **changes: Any) -> PlannedLoader:
+    return build_loader(shards, split, config_for(loader, **changes), seed=seed, device=CPU, rank=rank, world_size=world_size)
+
+
+def collect(loader: PlannedLoader, epoch: int = 0, start_step: int = 0) -> list[Batch]:
+    batches = list(loader.epoch(epoch, start_step))
+    loader.close()
+    return batches
+
+
+def ids_of(batches: list[Batch]) -> list[list[int]]:
+    return [batch.ids_S.tolist() for batch in batches]
+
+
+def assert_same_pixels(first: list[Batch], second: list[Batch]) -> None:
+    assert ids_of(first) == ids_of(second)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one.images_SHWC, other.images_SHWC, rtol=0, atol=0)
+        torch.testing.assert_close(one.mix, other.mix, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+class TestEveryLoader:
+    def test_batch_has_the_promised_shapes_types_and_labels(self, make_shards: Any, loader: str) -> None:
+        shards = make_shards()
+        labels_N = shards.split("train").labels_N
+        batches = collect(loader_for(shards, loader))
+        assert [batch.num_sources for batch in batches] == [16, 16, 16, 16, 10]
+        for step, batch in enumerate(batches):
+            size = 2 * batch.num_sources
+            assert batch.images_SHWC.shape == (size, 32, 32, 3)
+            assert batch.images_SHWC.dtype == torch.uint8
+            assert (batch.epoch, batch.step) == (0, step)
+            assert batch.labels_S.tolist() == labels_N[batch.ids_S].tolist()
+            assert batch.mix is not None
+            assert batch.mix.shape == (6,)
+
+    def test_instance_half_covers_each_sample_exactly_once(self, make_shards: Any, loader: str) -> None:
+        batches = collect(loader_for(make_shards(), loader), epoch=3)
+        ids = np.concatenate([batch.ids_S[: batch.num_sources] for batch in batches])
+        assert sorted(ids.tolist()) == list(range(74))
+
+    def test_ids_equal_those_of_every_other_loader_and_thread_count(self, make_shards: Any, loader: str) -> None:
+        expected = ids_of(collect(loader_for(make_shards(), "synthetic", num_threads=1), epoch=2))
+        for num_threads in (1, 2, 3):
+            assert ids_of(collect(loader_for(make_shards(), loader, num_threads=num_threads), epoch=2)) == expected
+
+    def test_starting_in_the_middle_continues_exactly(self, make_shards: Any, loader: str) -> None:
+        whole = collect(loader_for(make_shards(), loader), epoch=1)
+        for start_step in (1, 4, 5):
+            assert_same_pixels(collect(loader_for(make_shards(), loader), epoch=1, start_step=start_step), whole[start_step:])
+
+    def test_an_abandoned_epoch_leaves_no_trace_in_the_next(self, make_shards: Any, loader: str) -> None:
+        expected = collect(loader_for(make_shards(), loader), epoch=1)
+        used = loader_for(make_shards(), loader)
+        for start_step in (0, 2):
+            batches = iter(used.epoch(0, start_step))
+            next(batches)
+            batches.close()  # type: ignore[attr-defined]
+        assert_same_pixels(collect(used, epoch=1), expected)
+
+    def test_ranks_share_each_global_batch(self, make_shards: Any, loader: str) -> None:
+        single = collect(loader_for(make_shards(), loader))
+        pair = [collect(loader_for(make_shards(), loader, rank=rank, world_size=2)) for rank in range(2)]
+        for step, whole in enumerate(single):
+            B = whole.num_sources
+            halves = [pair[rank][step] for rank in range(2)]
+            for stream in range(2):
+                joined = np.concatenate([half.ids_S[stream * half.num_sources : (stream + 1) * half.num_sources] for half in halves])
+                np.testing.assert_array_equal(joined, whole.ids_S[stream * B : (stream + 1) * B])
+            torch.testing.assert_close(halves[0].mix, halves[1].mix)
+
+    @pytest.mark.parametrize("world_size", [1, 3])
+    def test_evaluation_counts_every_sample_once_at_any_world_size(self, make_shards: Any, loader: str, world_size: int) -> None:
+        shards = make_shards()
+        seen: list[int] = []
+        for rank in range(world_size):
+            for batch in collect(loader_for(shards, loader, split="test", rank=rank, world_size=world_size)):
+                assert batch.mix is None
+                seen += batch.ids_S.tolist()
+        assert sorted(seen) == list(range(20))
+
+    def test_images_of_varying_size_are_delivered(self, make_shards: Any, loader: str) -> None:
+        shards = make_shards(size=None, extension="jpg")
+        for split in ("train", "test"):
+            batches = collect(loader_for(shards, loader, split=split, augment=RESIZED))
+            assert {tuple(batch.images_SHWC.shape[1:]) for batch in batches} == {(32, 32, 3)}
+
+    def test_closing_leaves_no_threads(self, make_shards: Any, loader: str) -> None:
+        before = threading.active_count()
+        for _ in range(3):
+            used = loader_for(make_shards(), loader)
+            next(iter(used.epoch(0)))
+            used.close()
+            del used
+        gc.collect()
+        assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("loader", EXACT)
+def test_evaluation_pixels_are_those_of_the_stored_image(make_shards: Any, loader: str) -> None:
+    shards = make_shards()
+    split = shards.split("test")
+    for batch in collect(loader_for(shards, loader, split="test")):
+        for sample_id, pixels in zip(batch.ids_S, batch.images_SHWC, strict=True):
+            with Image.open(io.BytesIO(split.encoded(np.array([sample_id]))[0].tobytes())) as stored:
+                np.testing.assert_array_equal(pixels.numpy(), np.asarray(stored))
+
+
+def test_dali_and_resident_deliver_the_same_pixels_of_lossless_images(make_shards: Any) -> None:
+    for split in ("train", "test"):
+        dali, resident = (collect(loader_for(make_shards(), name, split=split)) for name in EXACT)
+        assert ids_of(dali) == ids_of(resident)
+        for one, other in zip(dali, resident, strict=True):
+            torch.testing.assert_close(one.images_SHWC, other.images_SHWC, rtol=0, atol=0)
+
+
+def test_dali_and_resident_show_the_same_region_of_photographs(make_shards: Any) -> None:
+    """Decoders and resampling filters differ by a few levels; a wrong crop or a missing flip differs by tens."""
+    shards = make_shards(size=(48, 48), extension="jpg")
+    augment = AugmentConfig(crop="resized", area_range=(0.3, 1.0), eval_crop=0.875)
+    for split in ("train", "test"):
+        dali, resident = (collect(loader_for(shards, name, split=split, augment=augment)) for name in EXACT)
+        for one, other in zip(dali, resident, strict=True):
+            difference = (one.images_SHWC.float() - other.images_SHWC.float()).abs().mean((1, 2, 3))
+            assert difference.max() < 6
+
+
+def test_auto_takes_resident_for_small_images_and_dali_above() -> None:
+    assert choose_loader("auto", 64)[0] == "resident"
+    assert choose_loader("auto", 65)[0] == "dali"
+
+
+def test_unknown_loader_lists_the_known_ones(make_shards: Any) -> None:
+    with pytest.raises(ConfigError, match="unknown loader 'torch'; known: auto, dali, resident, synthetic"):
+        loader_for(make_shards(), "torch")
+
+
+def test_an_empty_split_is_one_sentence(make_shards: Any) -> None:
+    with pytest.raises(ShardError, match="no samples in its 'val' split"):
+        loader_for(make_shards(), "resident", split="val")
