@@ -1,0 +1,206 @@
+"""What a training run can be told: one tree of frozen dataclasses, overridable by `--set a.b=value`, saved as JSON with the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, TypeVar, Union
+
+from pipelines.config import DataConfig, require, require_choice
+from pipelines.types import ConfigError
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+SWITCHES = ("auto", "on", "off")
+SCHEDULES = ("step", "epoch")
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network.
+
+    Args:
+        arch: a name of `bce3s.models.ARCHS`.
+        projection_dim: P of the projector and the feature memory.
+        pretrained: path of a torchvision-format state dict for the backbone; empty trains from scratch.
+    """
+
+    arch: str = "resnet32-cifar"
+    projection_dim: int = 128
+    pretrained: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.projection_dim >= 1, f"projection_dim must be at least 1, not {self.projection_dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The loss (method.md; symbols of the paper in brackets).
+
+    Args:
+        name: a name of `bce3s.losses.LOSSES`.
+        contrastive_weight: of the sample-to-sample term [λ_ss].
+        uniform_weight: of the classifier-to-classifier term [λ_cc].
+        temperature: of the contrastive term's cosines [τ].
+        negative_ratio: share of the K classes that the source view's joint term sees [r]; 1 is all of them.
+        logit_clamp: logits are clamped to ± this before softplus.
+        contrastive_warmup_epochs: epochs that only fill the feature memory.
+    """
+
+    name: str = "bce3s"
+    contrastive_weight: float = 0.1
+    uniform_weight: float = 1.0
+    temperature: float = 1.0
+    negative_ratio: float = 0.4
+    logit_clamp: float = 64.0
+    contrastive_warmup_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, f"temperature must be positive, not {self.temperature}")
+        require(0 < self.negative_ratio <= 1, f"negative_ratio must lie in (0, 1], not {self.negative_ratio}")
+        require(self.logit_clamp > 0, f"logit_clamp must be positive, not {self.logit_clamp}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """SGD with momentum, linear warm-up and a cosine to zero.
+
+    Args:
+        learning_rate: peak, for the recipe's batch size.
+        warmup_epochs: epochs of linear rise; fractions are allowed.
+        schedule: the rate changes every "step" or, as the reference does, every "epoch".
+        weight_decay: on every parameter, as the reference has it, unless `decay_norm_and_bias` is off.
+        clip_norm: global gradient norm limit in every precision; 0 is off.
+    """
+
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-3
+    decay_norm_and_bias: bool = True
+    warmup_epochs: float = 0.0
+    schedule: str = "step"
+    clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("schedule", self.schedule, SCHEDULES)
+        require(self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}")
+        require(self.warmup_epochs >= 0, f"warmup_epochs cannot be negative, not {self.warmup_epochs}")
+        require(self.clip_norm >= 0, f"clip_norm cannot be negative, not {self.clip_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    Args:
+        dataset: name the shards must have been made from.
+        precision: "auto" is bf16 where the device has it in hardware, else fp32.
+        channels_last: "auto" is on; measured faster on CPU and GPU (benchmarks/cpu.md).
+        compile: torch.compile the network.
+        device: "auto" is the first CUDA device, else the CPU.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        log_every: steps between lines of the metrics log.
+    """
+
+    dataset: str
+    epochs: int = 200
+    seed: int = 0
+    precision: str = "auto"
+    channels_last: str = "auto"
+    compile: bool = False
+    device: str = "auto"
+    eval_every: int = 1
+    log_every: int = 20
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        require_choice("precision", self.precision, PRECISIONS)
+        require_choice("channels_last", self.channels_last, SWITCHES)
+        for name in ("epochs", "eval_every", "log_every"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def to_json(config: Any) -> str:
+    """The config tree as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_dict(kind: type[ConfigT], values: dict[str, Any], path: str = "") -> ConfigT:
+    """Rebuilds a config tree from `dataclasses.asdict` or JSON.
+
+    Raises:
+        ConfigError: an unknown key or a value of the wrong type; names its path.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"unknown setting '{path}{unknown[0]}'; known here: {', '.join(path + name for name in hints)}")
+    built = {name: _convert(hints[name], value, f"{path}{name}") for name, value in values.items()}
+    return kind(**built)
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise ConfigError(f"'{path}' is a group of settings; set one of {', '.join(f'{path}.{f.name}' for f in dataclasses.fields(kind))}")
+        return from_dict(kind, value, f"{path}.")
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        item_kinds = typing.get_args(kind)
+        if len(items) != len(item_kinds):
+            raise ConfigError(f"{path} takes {len(item_kinds)} values, not {len(items)}")
+        return tuple(_convert(item_kind, item, path) for item_kind, item in zip(item_kinds, items, strict=True))
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{path} takes a {kind.__name__}, not {value!r}")
+    return value
+
+
+def override(config: ConfigT, assignments: list[str]) -> ConfigT:
+    """Applies `a.b=value` assignments; values are JSON, anything else is taken as text, commas make tuples.
+
+    Raises:
+        ConfigError: no '=', an unknown path (the known ones are listed) or a value of the wrong type.
+    """
+    values = dataclasses.asdict(config)  # type: ignore[call-overload]
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes path=value, such as --set optimizer.learning_rate=0.1, not '{assignment}'")
+        *groups, name = path.strip().split(".")
+        target = values
+        for group in groups:
+            target = target.get(group) if isinstance(target, dict) else None  # type: ignore[assignment]
+        if not isinstance(target, dict) or name not in target:
+            raise ConfigError(f"unknown setting '{path}'; known: {', '.join(_paths(values))}")
+        target[name] = _parse(text, target[name])
+    return from_dict(type(config), values)
+
+
+def _parse(text: str, current: Any) -> Any:
+    if isinstance(current, (list, tuple)):
+        return [_parse(part, current[0]) for part in text.strip("[]() ").split(",")]
+    if isinstance(current, str):
+        return text
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return text
+
+
+def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name, value in values.items():
+        found += _paths(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+    return found

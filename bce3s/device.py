@@ -1,0 +1,99 @@
+"""Which device, precision and memory layout a run uses, and what it ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from bce3s.config import TrainConfig
+from pipelines.types import BackendError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A resolved device and precision.
+
+    Args:
+        device: where tensors live.
+        precision: "bf16", "fp16" or "fp32".
+        channels_last: memory format of weights and views.
+    """
+
+    device: torch.device
+    precision: str
+    channels_last: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the views handed to the network."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed-precision context; nothing in fp32."""
+        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def resolve_device(name: str) -> torch.device:
+    """"auto" is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        BackendError: an unknown device, or CUDA asked for where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BackendError(f"unknown device '{name}'; known: auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BackendError(f"device '{name}' is not supported; known: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendError(f"device '{name}' asked for, but torch {torch.__version__} sees no CUDA device; take --device cpu")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def resolve_placement(config: TrainConfig) -> Placement:
+    """Device, precision and layout of a run. "auto" precision is bf16 where the hardware multiplies it, else fp32.
+
+    Raises:
+        BackendError: the device cannot be used, or fp16 is asked for on a CPU.
+    """
+    device = resolve_device(config.device)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(device) else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise BackendError("precision fp16 needs a GPU; take --precision bf16 or fp32 on a CPU")
+    return Placement(device, precision, config.channels_last != "off")
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware of this process, for the run's record."""
+    versions = {}
+    for package in ("torch", "nvidia-dali-cuda130", "webdataset", "numba", "numpy", "pillow", "bce3s"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": versions,
+    }

@@ -1,0 +1,33 @@
+"""Losses: one file a method behind one seam.
+
+A loss takes the features of the three views, the targets and the model's heads, and returns its total and its named terms. `LOSSES` maps
+a name to its class; a new method is one file and one line here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from bce3s.config import LossConfig
+from bce3s.losses.seam import Heads, Loss, LossOutput, MixedTargets
+from pipelines.config import require_choice
+
+LOSSES: dict[str, str] = {
+    "bce3s": "bce3s.losses.bce3s:BCE3SLoss",
+    "bce": "bce3s.losses.bce:BCELoss",
+    "ce": "bce3s.losses.ce:CELoss",
+}
+
+__all__ = ["LOSSES", "Heads", "Loss", "LossOutput", "MixedTargets", "build_loss"]
+
+
+def build_loss(config: LossConfig) -> Loss:
+    """Builds the loss `config.name` names.
+
+    Raises:
+        ConfigError: unknown name; lists the known ones.
+    """
+    require_choice("loss", config.name, tuple(LOSSES))
+    module_name, class_name = LOSSES[config.name].split(":")
+    loss: Loss = getattr(import_module(module_name), class_name)(config)
+    return loss

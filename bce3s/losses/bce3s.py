@@ -1,0 +1,146 @@
+"""BCE3S: BCE joint, BCE contrastive and BCE uniform learning (Fan et al., AAAI 2026; method.md, "One step").
+
+Every term is a sum over classes of softplus, so nothing overflows, and targets with at most two non-zero entries are handled by gathers,
+so no [B, K] target is made. Nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bce3s.config import LossConfig
+from bce3s.losses.seam import Heads, LossOutput, MixedTargets
+
+
+def widened(values: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def mixed_bce(logits_BK: Tensor, targets: MixedTargets, logit_clamp: float = 64.0, filled_K: Tensor | None = None) -> Tensor:
+    """Mean over the batch of L(z, t) = Σ_k [ t_k·softplus(−z_k) + 1{t_k = 0}·softplus(z_k) ].
+
+    This is not soft-target BCE: a class with 0 < t_k < 1 has the positive term only (traps.md A6).
+
+    Args:
+        logits_BK: [B, K].
+        targets: λ and the two labels of each sample.
+        logit_clamp: logits are clamped to ± this.
+        filled_K: bool [K], classes that take part; None is all.
+
+    Returns:
+        float32 [] (float64 if the logits are).
+    """
+    z_BK = widened(logits_BK).clamp(-logit_clamp, logit_clamp)
+    present = torch.ones((), device=z_BK.device) if filled_K is None else filled_K.to(z_BK.dtype)
+    negatives_B = (functional.softplus(z_BK) * present).sum(1)
+    same_B = targets.labels_B == targets.partner_labels_B
+    own = _positive(z_BK, targets.labels_B, torch.where(same_B, 1.0, targets.lam), filled_K)
+    other = _positive(z_BK, targets.partner_labels_B, torch.where(same_B, 0.0, 1.0 - targets.lam), filled_K)
+    return (negatives_B + own + other).mean()
+
+
+def _positive(z_BK: Tensor, labels_B: Tensor, weight_B: Tensor, filled_K: Tensor | None) -> Tensor:
+    """What a class with target `weight` adds once all classes were counted as negatives; nothing where the weight is 0."""
+    z_B = z_BK.gather(1, labels_B[:, None])[:, 0]
+    counts_B = weight_B > 0 if filled_K is None else (weight_B > 0) & filled_K[labels_B]
+    return torch.where(counts_B, weight_B * functional.softplus(-z_B) - functional.softplus(z_B), 0.0)
+
+
+def source_bce(logits_BK: Tensor, labels_B: Tensor, class_mask_K: Tensor, logit_clamp: float = 64.0) -> Tensor:
+    """Mean over the batch of the one-hot BCE summed over the classes of `class_mask_K`, bool [K]; float32 []."""
+    z_BK = widened(logits_BK).clamp(-logit_clamp, logit_clamp)
+    negatives_B = (functional.softplus(z_BK) * class_mask_K.to(z_BK.dtype)).sum(1)
+    z_B = z_BK.gather(1, labels_B[:, None])[:, 0]
+    # softplus(−z) − softplus(z) = −z; the label's class is always in the subset.
+    return (negatives_B - z_B).mean()
+
+
+def draw_class_subset(labels_B: Tensor, num_classes: int, negative_ratio: float, generator: torch.Generator | None = None) -> Tensor:
+    """bool [K]: every class present in the batch, filled up at random to negative_ratio·K (traps.md A1: present classes are never dropped).
+
+    Shapes do not depend on the labels and nothing is read back: all classes are ranked, the present ones first.
+    """
+    device = labels_B.device
+    present_K = torch.zeros(num_classes, dtype=torch.bool, device=device).index_fill_(0, labels_B, True)
+    if negative_ratio >= 1.0:
+        return torch.ones_like(present_K)
+    draws_K = torch.rand(num_classes, device=device, generator=generator)
+    order_K = torch.where(present_K, -1.0, draws_K).argsort()
+    chosen_K = torch.zeros_like(present_K).index_fill_(0, order_K[: int(num_classes * negative_ratio)], True)
+    return chosen_K | present_K
+
+
+def contrastive_bce(projections_BP: Tensor, memory_KP: Tensor, targets: MixedTargets, temperature: float, logit_clamp: float, filled_K: Tensor) -> Tensor:
+    """L(cos(P(x), M)/τ, t) against the normalised memory [K, P]; classes not yet filled are left out; float32 []."""
+    normalized_BP = functional.normalize(widened(projections_BP), dim=1, eps=1e-12)
+    return mixed_bce(normalized_BP @ memory_KP.to(normalized_BP.dtype).T / temperature, targets, logit_clamp, filled_K)
+
+
+def uniform_bce(normalized_weight_KD: Tensor) -> Tensor:
+    """(1/K) Σ_k Σ_j [ 1{j=k}·softplus(−w_k·w_j) + 1{j≠k}·softplus(w_k·w_j) ] of normalised rows; float32 []."""
+    cosines_KK = widened(normalized_weight_KD @ normalized_weight_KD.T)
+    # softplus(−c) = softplus(c) − c on the diagonal.
+    return (functional.softplus(cosines_KK).sum() - cosines_KK.diagonal().sum()) / cosines_KK.shape[0]
+
+
+class BCE3SLoss:
+    """L = L_sc + contrastive_weight·L_ss + uniform_weight·L_cc.
+
+    The contrastive term reads the memory of the step before, then the memory takes the source view's projections; during
+    `contrastive_warmup_epochs` it is only filled.
+    """
+
+    def __init__(self, config: LossConfig) -> None:
+        """Keeps the weights; the loss has no parameters of its own."""
+        self.config = config
+
+    def __call__(
+        self,
+        features_VD: Tensor,
+        mixup: MixedTargets,
+        cutmix: MixedTargets,
+        heads: Heads,
+        *,
+        epoch: int,
+        generator: torch.Generator | None = None,
+        class_mask_K: Tensor | None = None,
+    ) -> LossOutput:
+        """See `Loss.__call__`; `class_mask_K`, bool [K], replaces the drawn class subset."""
+        config = self.config
+        logits_VK = heads.classifier(features_VD)
+        source_BK, mixup_BK, cutmix_BK = logits_VK.chunk(3)
+        if class_mask_K is None:
+            class_mask_K = draw_class_subset(mixup.labels_B, logits_VK.shape[1], config.negative_ratio, generator)
+        joint = (
+            source_bce(source_BK, mixup.labels_B, class_mask_K, config.logit_clamp)
+            + mixed_bce(mixup_BK, mixup, config.logit_clamp)
+            + mixed_bce(cutmix_BK, cutmix, config.logit_clamp)
+        ) / 3
+        total, terms = joint, {"joint": joint.detach()}
+        if config.uniform_weight:
+            uniform = uniform_bce(heads.classifier.normalized_weight())
+            total, terms["uniform"] = total + config.uniform_weight * uniform, uniform.detach()
+        if config.contrastive_weight:
+            contrastive = self._contrastive(features_VD, mixup, cutmix, heads, active=epoch >= config.contrastive_warmup_epochs)
+            if contrastive is not None:
+                total, terms["contrastive"] = total + config.contrastive_weight * contrastive, contrastive.detach()
+        return LossOutput(total, terms)
+
+    def _contrastive(self, features_VD: Tensor, mixup: MixedTargets, cutmix: MixedTargets, heads: Heads, *, active: bool) -> Tensor | None:
+        config, memory = self.config, heads.feature_memory
+        num_sources = len(mixup.labels_B)
+        if not active:
+            with torch.no_grad():
+                memory.update(heads.projector(features_VD[:num_sources]), mixup.labels_B)
+            return None
+        source_BP, mixup_BP, cutmix_BP = heads.projector(features_VD).chunk(3)
+        # Clones: autograd still needs the old rows after the update writes them in place.
+        rows_KP, filled_K = memory.normalized(), memory.filled_K.clone()
+        term = contrastive_bce(mixup_BP, rows_KP, mixup, config.temperature, config.logit_clamp, filled_K) + contrastive_bce(
+            cutmix_BP, rows_KP, cutmix, config.temperature, config.logit_clamp, filled_K
+        )
+        memory.update(source_BP.detach(), mixup.labels_B)
+        return term

@@ -1,0 +1,66 @@
+"""Accuracy of a long-tailed recogniser: overall, balanced, and by shot group of the training counts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.datasets import shot_groups
+from pipelines.types import IntArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Top-1 accuracies in percent; None where a group has no class or no image ("n/a", never 0).
+
+    Args:
+        all: share of images that are right (Liu et al. 2019, "overall").
+        balanced: mean over classes of the per-class accuracy; equals `all` on a balanced test set.
+        many, medium, few: mean per-class accuracy of classes with > 100, 20–100 and < 20 training images.
+        per_class: [K].
+        num_images: counted images.
+    """
+
+    all: float | None
+    balanced: float | None
+    many: float | None
+    medium: float | None
+    few: float | None
+    per_class: tuple[float | None, ...]
+    num_images: int
+
+    def headline(self) -> dict[str, float | None]:
+        """The five figures without the per-class list."""
+        return {name: getattr(self, name) for name in ("all", "many", "medium", "few", "balanced")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+
+def accuracy_from_counts(correct_K: IntArray, total_K: IntArray, train_counts_K: IntArray) -> Accuracy:
+    """Accuracies from int64 [K] counts of right and of all evaluated images; `train_counts_K` decides the shot groups."""
+    seen_K = total_K > 0
+    per_class_K = np.divide(correct_K * 100.0, total_K, out=np.zeros(len(total_K)), where=seen_K)
+
+    def mean_over(classes_K: np.ndarray) -> float | None:
+        chosen = classes_K & seen_K
+        return float(per_class_K[chosen].mean()) if chosen.any() else None
+
+    groups = {name: mean_over(members_K) for name, members_K in shot_groups(train_counts_K).items()}
+    return Accuracy(
+        all=float(correct_K.sum() * 100.0 / total_K.sum()) if total_K.sum() else None,
+        balanced=mean_over(seen_K),
+        many=groups["many"],
+        medium=groups["medium"],
+        few=groups["few"],
+        per_class=tuple(float(value) if seen else None for value, seen in zip(per_class_K, seen_K, strict=True)),
+        num_images=int(total_K.sum()),
+    )
+
+
+def format_percent(value: float | None) -> str:
+    """'54.73', or 'n/a' for an empty group."""
+    return "n/a" if value is None else f"{value:.2f}"

@@ -1,0 +1,79 @@
+"""What a person sees while a run trains: a live bar on a terminal, one plain line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bce3s.metrics import Accuracy, format_percent
+
+
+class TrainingProgress:
+    """Progress of all epochs in one bar: epoch, images/s, data-wait share, loss terms, last accuracy, time left."""
+
+    def __init__(self, console: Console, epochs: int, num_steps: int, first_epoch: int) -> None:
+        """Shows nothing until entered."""
+        self._console, self._epochs, self._num_steps = console, epochs, num_steps
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rates]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task("", total=epochs * num_steps, completed=first_epoch * num_steps, rates="")
+        self._started_s = time.perf_counter()
+
+    def __enter__(self) -> TrainingProgress:
+        """Starts the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leaves the terminal as it was."""
+        self._progress.stop()
+
+    def advance(self, epoch: int) -> None:
+        """One step of `epoch` is done."""
+        self._progress.update(self._task, advance=1, description=f"epoch {epoch + 1}/{self._epochs}")
+
+    def show_rates(self, images_per_s: float, data_wait_share: float, terms: dict[str, float]) -> None:
+        """Means since the last call."""
+        losses = " ".join(f"{name} {value:.2f}" for name, value in terms.items())
+        self._progress.update(self._task, rates=f"{images_per_s:.0f} images/s, data wait {data_wait_share:.0%}, {losses}")
+
+    def show_activity(self, text: str) -> None:
+        """What happens between epochs, such as an evaluation."""
+        self._progress.update(self._task, description=text)
+
+    def show_epoch(self, epoch: int, line: dict[str, Any], accuracy: Accuracy | None) -> None:
+        """A line that stays, above the bar."""
+        parts = [f"epoch {epoch + 1:>3}/{self._epochs}", f"loss {line['total']:.3f}", f"{line['images_per_s']:.0f} images/s"]
+        parts.append(f"data wait {line['data_wait_share']:.0%}")
+        if accuracy is not None:
+            parts += [f"{name} {format_percent(value)}" for name, value in accuracy.headline().items() if name != "balanced"]
+        if not self._console.is_terminal:
+            left_s = (time.perf_counter() - self._started_s) / max(1, line["epochs_done_here"]) * (self._epochs - epoch - 1)
+            parts.append(f"{left_s:.0f} s left")
+        self._console.print("  ".join(parts), highlight=False)
+
+
+def accuracy_table(title: str, rows: dict[str, Accuracy], train_counts_text: str = "") -> Table:
+    """Accuracies by shot group, one row a measurement; the first row is the headline."""
+    table = Table(title=title, caption=train_counts_text or None, title_justify="left", caption_justify="left")
+    table.add_column("top-1 accuracy, %")
+    for name in ("all", "many", "medium", "few"):
+        table.add_column(name, justify="right")
+    for position, (name, accuracy) in enumerate(rows.items()):
+        figures = accuracy.headline()
+        values = [format_percent(figures[group]) for group in ("all", "many", "medium", "few")]
+        table.add_row(name, *values, style="bold" if position == 0 else None)
+    return table

@@ -1,0 +1,85 @@
+"""One training step: three views from one batch, features, loss, backward, update. Nothing is read back from the device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bce3s.config import OptimizerConfig, TrainConfig
+from bce3s.device import Placement
+from bce3s.evaluate import channel_statistics
+from bce3s.losses import Loss, MixedTargets
+from bce3s.models import Recogniser
+from pipelines.augment.mix import mix_views
+from pipelines.randomness import Purpose, derive_key
+from pipelines.types import Batch
+
+
+def learning_rate_at(config: OptimizerConfig, epochs: int, progress: float) -> float:
+    """The rate at `progress` epochs: linear warm-up, then a half cosine to 0 at `epochs`.
+
+    With `schedule` "epoch" the rate is constant within an epoch, as in the reference, which also steps its schedule before the first
+    epoch (traps.md A7: its last epoch runs at rate 0); here epoch e runs at the rate of its start.
+    """
+    if config.schedule == "epoch":
+        progress = math.floor(progress)
+    if progress < config.warmup_epochs:
+        return config.learning_rate * progress / config.warmup_epochs
+    share = (progress - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-9)
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
+    """SGD over two groups: parameters with weight decay, and norms and biases if they are spared."""
+    decayed = [p for p in model.parameters() if config.decay_norm_and_bias or p.ndim > 1]
+    spared = [p for p in model.parameters() if not config.decay_norm_and_bias and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+class TrainStep:
+    """Applies one step to a model. Holds the optimizer, the gradient scaler (fp16 only) and the device constants."""
+
+    def __init__(self, model: Recogniser, loss: Loss, config: TrainConfig, placement: Placement) -> None:
+        """Builds the optimizer; the model already lives on the device."""
+        self.model, self.loss, self.config, self.placement = model, loss, config, placement
+        self.optimizer = build_optimizer(model, config.optimizer)
+        self.scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.precision == "fp16")
+        self._features = torch.compile(model.features) if config.compile else model.features
+        self._mean, self._std = channel_statistics(config.data.augment, placement.device)
+        self._generator = torch.Generator(placement.device)
+
+    def __call__(self, batch: Batch, num_steps: int) -> dict[str, Tensor]:
+        """Trains on `batch`, step `batch.step` of `num_steps` of its epoch; returns detached loss terms and "total", float32 []."""
+        assert batch.mix is not None, "a training batch carries its mix"
+        config = self.config
+        # The draw is keyed by place, so a resumed run continues with the same class subsets.
+        self._generator.manual_seed(derive_key(config.seed, batch.epoch, batch.step, Purpose.CLASS_SUBSET) >> 1)
+        rate = learning_rate_at(config.optimizer, config.epochs, batch.epoch + batch.step / num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        views = mix_views(batch.images_SHWC, batch.mix, self._mean, self._std, self.placement.dtype)
+        if not self.placement.channels_last:
+            views = views.contiguous()
+        labels_B, partner_labels_B = batch.labels_S.chunk(2)
+        with self.placement.autocast():
+            output = self.loss(
+                self._features(views),
+                MixedTargets(labels_B, partner_labels_B, batch.mix[0]),
+                MixedTargets(labels_B, partner_labels_B, batch.mix[1]),
+                self.model,
+                epoch=batch.epoch,
+                generator=self._generator,
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(output.total).backward()
+        if config.optimizer.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return {"total": output.total.detach(), **output.terms}

@@ -1,0 +1,279 @@
+"""The training run: builds everything from one config, loops over epochs, evaluates, saves, and continues after a kill."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bce3s.checkpoint import load_checkpoint, require_same_data, save_checkpoint, write_atomically
+from bce3s.config import TrainConfig, from_dict, to_json
+from bce3s.device import Placement, environment, resolve_placement
+from bce3s.evaluate import evaluate
+from bce3s.losses import build_loss
+from bce3s.metrics import Accuracy
+from bce3s.models import Recogniser, build_recogniser
+from bce3s.progress import TrainingProgress
+from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog
+from bce3s.step import TrainStep
+from pipelines.format import ShardSet
+from pipelines.loaders import PlannedLoader, build_loader
+from pipelines.types import ConfigError
+
+LAST_CHECKPOINT, BEST_CHECKPOINT = "last.pt", "best.pt"
+# Settings that may differ between a run and its continuation: they change where or how it runs, not what it computes.
+_FREE_ON_RESUME = {"device", "log_every", "data.num_threads", "data.prefetch_batches"}
+
+
+@dataclass
+class RunState:
+    """What a run has reached: epochs done and the best accuracy so far (on "val", or on "test" where there is no val split)."""
+
+    epochs_done: int = 0
+    best_accuracy: float = -1.0
+    best_epoch: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """The end of a run; `last` and `last_flip_tta` are measured on the test split after the last epoch."""
+
+    last: Accuracy
+    last_flip_tta: Accuracy
+    best: Accuracy
+    best_epoch: int
+    selection_split: str
+    images_per_s: float
+    data_wait_share: float
+
+
+class TermMeans:
+    """Sums loss terms on the device; the host reads them once per log line, never per step."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._names: list[str] = []
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Adds one step's terms, float32 [] each."""
+        stacked = torch.stack(list(terms.values()))
+        if self._sum is None or list(terms) != self._names:
+            self._names, self._sum, self._count = list(terms), torch.zeros_like(stacked), 0
+        self._sum += stacked
+        self._count += 1
+
+    def read(self) -> dict[str, float]:
+        """The means since the last read; waits for the device once."""
+        if self._sum is None:
+            return {}
+        values = (self._sum / max(1, self._count)).tolist()
+        self._sum = None
+        return dict(zip(self._names, values, strict=True))
+
+
+class Trainer:
+    """One run in one process. `fit` trains to the end; everything that must survive a kill goes through `state_dict`."""
+
+    def __init__(self, config: TrainConfig, shards: ShardSet, out: Path, console: Console) -> None:
+        """Builds model, step and loaders.
+
+        Raises:
+            UserError: shards of another data set, unknown names, a device or package that is missing.
+        """
+        if shards.dataset != config.dataset:
+            raise ConfigError(f"{shards.root} holds data set '{shards.dataset}', not '{config.dataset}'; name the right --shards or --dataset")
+        self.config, self.shards, self.out, self.console = config, shards, out, console
+        self.placement: Placement = resolve_placement(config)
+        self.train_counts_K = shards.class_counts("train")
+        self.model = build_model(config, len(shards.class_names), self.placement)
+        self.step = TrainStep(self.model, build_loss(config.loss), config, self.placement)
+        self.train_loader = self._loader("train")
+        self.test_loader = self._loader("test")
+        self.selection_split = "val" if shards.num_samples("val") else "test"
+        self.selection_loader = self._loader("val") if self.selection_split == "val" else self.test_loader
+        self.state = RunState()
+
+    def _loader(self, split: str) -> PlannedLoader:
+        return build_loader(self.shards, split, self.config.data, seed=self.config.seed, device=self.placement.device)
+
+    def fit(self) -> RunResult:
+        """Trains from the reached epoch to the last, then evaluates on test with and without flip TTA."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out / CONFIG_FILE, to_json(self.config).encode())
+        record = {**environment(self.placement.device), "precision": self.placement.precision, "shards": str(self.shards.root.resolve())}
+        write_atomically(self.out / ENVIRONMENT_FILE, json.dumps(record, indent=1).encode())
+        first_epoch = self.state.epochs_done
+        epoch_lines: list[dict[str, Any]] = []
+        with (
+            RunLog(self.out, first_epoch) as log,
+            TrainingProgress(self.console, self.config.epochs, self.train_loader.num_steps, first_epoch) as progress,
+        ):
+            for epoch in range(first_epoch, self.config.epochs):
+                line = self._train_epoch(epoch, log, progress)
+                line["epochs_done_here"] = epoch - first_epoch + 1
+                accuracy = self._evaluate_epoch(epoch, progress)
+                log.write({"kind": "epoch", **line, "split": self.selection_split, **(accuracy.headline() if accuracy else {})})
+                progress.show_epoch(epoch, line, accuracy)
+                epoch_lines.append(line)
+                self._save(epoch, accuracy)
+            progress.show_activity("testing")
+            result = self._final_result(epoch_lines)
+            log.write({"kind": "summary", **summary(result)})
+        return result
+
+    def _train_epoch(self, epoch: int, log: RunLog, progress: TrainingProgress) -> dict[str, Any]:
+        """One pass over the instance stream; returns the epoch's log line."""
+        self.model.train()
+        means, epoch_means = TermMeans(), TermMeans()
+        started_s = logged_s = time.perf_counter()
+        wait_s = logged_wait_s = 0.0
+        num_images = logged_images = 0
+        batches = iter(self.train_loader.epoch(epoch))
+        while True:
+            asked_s = time.perf_counter()
+            batch = next(batches, None)
+            wait_s += time.perf_counter() - asked_s
+            if batch is None:
+                break
+            terms = self.step(batch, self.train_loader.num_steps)
+            means.add(terms)
+            epoch_means.add(terms)
+            num_images += batch.num_sources
+            progress.advance(epoch)
+            if (batch.step + 1) % self.config.log_every == 0:
+                values = means.read()
+                now_s = time.perf_counter()
+                elapsed_s = now_s - logged_s
+                rates = {"images_per_s": (num_images - logged_images) / elapsed_s, "data_wait_share": (wait_s - logged_wait_s) / elapsed_s}
+                log.write({"kind": "step", "epoch": epoch, "step": batch.step, **rates, **values})
+                progress.show_rates(rates["images_per_s"], rates["data_wait_share"], values)
+                logged_s, logged_wait_s, logged_images = now_s, wait_s, num_images
+        values = epoch_means.read()
+        elapsed_s = time.perf_counter() - started_s
+        return {
+            "epoch": epoch,
+            "images_per_s": num_images / elapsed_s,
+            "data_wait_share": wait_s / elapsed_s,
+            "train_s": elapsed_s,
+            **values,
+        }
+
+    def _evaluate_epoch(self, epoch: int, progress: TrainingProgress) -> Accuracy | None:
+        if (epoch + 1) % self.config.eval_every and epoch + 1 != self.config.epochs:
+            return None
+        progress.show_activity(f"evaluating {self.selection_split}")
+        return evaluate(self.model, self.selection_loader, self.train_counts_K, self.config.data.augment, self.placement)["plain"]
+
+    def _save(self, epoch: int, accuracy: Accuracy | None) -> None:
+        self.state.epochs_done = epoch + 1
+        improved = accuracy is not None and (accuracy.all or 0.0) > self.state.best_accuracy
+        if improved and accuracy is not None:
+            self.state.best_accuracy, self.state.best_epoch = accuracy.all or 0.0, epoch
+            save_checkpoint(self.out / BEST_CHECKPOINT, self.state_dict())
+        save_checkpoint(self.out / LAST_CHECKPOINT, self.state_dict())
+
+    def _final_result(self, epoch_lines: list[dict[str, Any]]) -> RunResult:
+        augment = self.config.data.augment
+        last = evaluate(self.model, self.test_loader, self.train_counts_K, augment, self.placement, flip_tta=True)
+        best_state = load_checkpoint(self.out / BEST_CHECKPOINT, self.placement.device)
+        last_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(best_state["model"])
+        best = evaluate(self.model, self.test_loader, self.train_counts_K, augment, self.placement)["plain"]
+        self.model.load_state_dict(last_weights)
+        train_s = sum(line["train_s"] for line in epoch_lines)
+        # The first epoch of a process pays for compilation and for memory that grows; it is left out where there is another.
+        steady = epoch_lines[1:] or epoch_lines
+        steady_s = sum(line["train_s"] for line in steady) or 1.0
+        return RunResult(
+            last=last["plain"],
+            last_flip_tta=last["flip_tta"],
+            best=best,
+            best_epoch=self.state.best_epoch,
+            selection_split=self.selection_split,
+            images_per_s=sum(line["images_per_s"] * line["train_s"] for line in steady) / steady_s,
+            data_wait_share=sum(line["data_wait_share"] * line["train_s"] for line in epoch_lines) / (train_s or 1.0),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a continuation needs, and what identifies the run."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "epochs_done": self.state.epochs_done,
+            "best_accuracy": self.state.best_accuracy,
+            "best_epoch": self.state.best_epoch,
+            "config": to_json(self.config),
+            "dataset": self.shards.dataset,
+            "fingerprint": self.shards.fingerprint,
+            "class_names": list(self.shards.class_names),
+            "train_counts": self.train_counts_K.tolist(),
+        }
+
+    def resume(self) -> int:
+        """Continues from last.pt; returns the epochs already done.
+
+        Raises:
+            ConfigError: the checkpoint is of other data or another config; names the first setting that differs.
+            CheckpointError: missing or damaged.
+        """
+        path = self.out / LAST_CHECKPOINT
+        state = load_checkpoint(path, self.placement.device)
+        require_same_data(state, path, self.shards.dataset, self.shards.fingerprint, self.shards.root)
+        _require_same_config(json.loads(state["config"]), json.loads(to_json(self.config)), path)
+        self.model.load_state_dict(state["model"])
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        self.step.scaler.load_state_dict(state["scaler"])
+        self.state = RunState(state["epochs_done"], state["best_accuracy"], state["best_epoch"])
+        return self.state.epochs_done
+
+    def close(self) -> None:
+        """Frees the loaders."""
+        for loader in {id(x): x for x in (self.train_loader, self.test_loader, self.selection_loader)}.values():
+            loader.close()
+
+
+def build_model(config: TrainConfig, num_classes: int, placement: Placement) -> Recogniser:
+    """The network with weights drawn from the config's seed, on its device and in its memory layout."""
+    torch.manual_seed(config.seed)
+    pretrained = Path(config.model.pretrained) if config.model.pretrained else None
+    model = build_recogniser(config.model.arch, num_classes, config.model.projection_dim, pretrained)
+    memory_format = torch.channels_last if placement.channels_last else torch.contiguous_format
+    return model.to(device=placement.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
+def load_run(state: dict[str, Any], device: str) -> tuple[TrainConfig, Placement, Recogniser]:
+    """The config, placement and trained network of a checkpoint, on `device` ("auto" chooses)."""
+    config = from_dict(TrainConfig, {**json.loads(state["config"]), "device": device})
+    placement = resolve_placement(config)
+    model = build_model(config, len(state["class_names"]), placement)
+    model.load_state_dict(state["model"])
+    return config, placement, model
+
+
+def summary(result: RunResult) -> dict[str, Any]:
+    """The result, labelled as honest figures must be, ready for JSON."""
+    return {
+        "last_epoch_no_tta": result.last.to_dict(),
+        "last_epoch_flip_tta": result.last_flip_tta.headline(),
+        f"best_on_{result.selection_split}_no_tta": {**result.best.headline(), "epoch": result.best_epoch},
+        "images_per_s": result.images_per_s,
+        "data_wait_share": result.data_wait_share,
+    }
+
+
+def _require_same_config(saved: dict[str, Any], asked: dict[str, Any], path: Path, prefix: str = "") -> None:
+    for name, value in asked.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, dict) and isinstance(saved.get(name), dict):
+            _require_same_config(saved[name], value, path, f"{full}.")
+        elif saved.get(name) != value and full not in _FREE_ON_RESUME:
+            raise ConfigError(f"{path} was trained with {full}={saved.get(name)!r}, this command says {value!r}; use the same, or another --out")
