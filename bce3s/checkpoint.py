@@ -73,6 +73,10 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 def require_same_data(state: dict[str, Any], path: Path, dataset: str, fingerprint: str, shards: Path) -> None:
     """Raises `ConfigError` unless the checkpoint was trained on these very shards."""
     if state["dataset"] != dataset:
-        raise ConfigError(f"{path} was trained on '{state['dataset']}', but {shards} holds '{dataset}'; name the right --shards or another --out")
+        raise ConfigError(
+            f"{path} was trained on '{state['dataset']}', but {shards} holds '{dataset}'; name the right --shards or another --out"
+        )
     if state["fingerprint"] != fingerprint:
-        raise ConfigError(f"{path} was trained on other '{dataset}' shards than {shards} (their manifests differ); name the right --shards or another --out")
+        raise ConfigError(
+            f"{path} was trained on other '{dataset}' shards than {shards} (manifests differ); name the right --shards or another --out"
+        )

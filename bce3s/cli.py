@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from bce3s.config import TrainConfig
     from bce3s.train import RunResult, Trainer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train long-tailed image recognisers, fast.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train long-tailed image recognisers, fast."
+)
 
 
 @app.callback()

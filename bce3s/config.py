@@ -150,7 +150,9 @@ def from_dict(kind: type[ConfigT], values: dict[str, Any], path: str = "") -> Co
 def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, dict):
-            raise ConfigError(f"'{path}' is a group of settings; set one of {', '.join(f'{path}.{f.name}' for f in dataclasses.fields(kind))}")
+            raise ConfigError(
+                f"'{path}' is a group of settings; set one of {', '.join(f'{path}.{f.name}' for f in dataclasses.fields(kind))}"
+            )
         return from_dict(kind, value, f"{path}.")
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -181,7 +183,7 @@ def override(config: ConfigT, assignments: list[str]) -> ConfigT:
         *groups, name = path.strip().split(".")
         target = values
         for group in groups:
-            target = target.get(group) if isinstance(target, dict) else None  # type: ignore[assignment]
+            target = target.get(group) if isinstance(target, dict) else None
         if not isinstance(target, dict) or name not in target:
             raise ConfigError(f"unknown setting '{path}'; known: {', '.join(_paths(values))}")
         target[name] = _parse(text, target[name])

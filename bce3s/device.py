@@ -40,7 +40,7 @@ class Placement:
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto" is the first CUDA device where there is one, else the CPU.
+    """The device `name` stands for: "auto" is the first CUDA device where there is one, else the CPU.
 
     Raises:
         BackendError: an unknown device, or CUDA asked for where there is none.

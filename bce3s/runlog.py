@@ -23,7 +23,11 @@ class RunLog:
     def __init__(self, folder: Path, first_epoch: int) -> None:
         """Opens the log of `folder`; lines of `first_epoch` and later, left by a run that died, are dropped."""
         self._path = folder / METRICS_FILE
-        kept = [line for line in read_metrics(folder) if line.get("epoch", 0) < first_epoch and line["kind"] != "summary"] if first_epoch else []
+        kept = (
+            [line for line in read_metrics(folder) if line.get("epoch", 0) < first_epoch and line["kind"] != "summary"]
+            if first_epoch
+            else []
+        )
         self._file = self._path.open("w", encoding="utf-8")
         for line in kept:
             self.write(line)
@@ -65,7 +69,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is not a run folder: it has no {path.name}; train first with 'bce3s fast-train --out {path.parent}'") from None
+        raise UserError(
+            f"{path.parent} is not a run folder: it has no {path.name}; train first with 'bce3s fast-train --out {path.parent}'"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):

@@ -89,7 +89,9 @@ class Trainer:
             UserError: shards of another data set, unknown names, a device or package that is missing.
         """
         if shards.dataset != config.dataset:
-            raise ConfigError(f"{shards.root} holds data set '{shards.dataset}', not '{config.dataset}'; name the right --shards or --dataset")
+            raise ConfigError(
+                f"{shards.root} holds data set '{shards.dataset}', not '{config.dataset}'; name the right --shards or --dataset"
+            )
         self.config, self.shards, self.out, self.console = config, shards, out, console
         self.placement: Placement = resolve_placement(config)
         self.train_counts_K = shards.class_counts("train")
@@ -276,4 +278,6 @@ def _require_same_config(saved: dict[str, Any], asked: dict[str, Any], path: Pat
         if isinstance(value, dict) and isinstance(saved.get(name), dict):
             _require_same_config(saved[name], value, path, f"{full}.")
         elif saved.get(name) != value and full not in _FREE_ON_RESUME:
-            raise ConfigError(f"{path} was trained with {full}={saved.get(name)!r}, this command says {value!r}; use the same, or another --out")
+            raise ConfigError(
+                f"{path} was trained with {full}={saved.get(name)!r}, this command says {value!r}; use the same, or another --out"
+            )

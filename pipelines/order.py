@@ -43,10 +43,11 @@ def class_probabilities(class_counts_K: IntArray, config: OrderConfig, epoch: in
         share = min(1.0, epoch / max(1, config.progressive_epochs - 1))
         weights = (1.0 - share) * filled / counts.sum() + share / present.sum()
     weights = np.where(present, weights, 0.0)
-    return weights / weights.sum()
+    probabilities_K: FloatArray = weights / weights.sum()
+    return probabilities_K
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _systematic_draws(
     quotas_K: FloatArray, offset: float, starts_K: IntArray, counts_K: IntArray, samples_N: IntArray, shifts_K: FloatArray, length: int
 ) -> IntArray:
@@ -118,7 +119,8 @@ class SampleOrder:
         cumulative_K = np.cumsum(probabilities_K)
         label_N = np.searchsorted(cumulative_K, draws_N2[:, 0] * cumulative_K[-1], side="right")
         within_N = (draws_N2[:, 1] * table.counts_K[label_N]).astype(np.int64)
-        return table.samples_N[table.starts_K[label_N] + within_N]
+        drawn_N: IntArray = table.samples_N[table.starts_K[label_N] + within_N]
+        return drawn_N
 
     def _systematic(self, key: int, probabilities_K: FloatArray) -> IntArray:
         table = self._table

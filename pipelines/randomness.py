@@ -70,7 +70,7 @@ def uniforms(keys: KeyArray, count: int) -> FloatArray:
     return bits.astype(np.float64) * (1.0 / (1 << 53))
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _fisher_yates(key: np.uint64, count: int) -> IntArray:
     order = np.arange(count)
     for last in range(count - 1, 0, -1):

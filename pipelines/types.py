@@ -115,7 +115,7 @@ class Loader(Protocol):
     num_steps: int
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yields the batches of `epoch` from `start_step` on. One iterator at a time; an abandoned one must be closed (or collected) first."""
+        """Yields the batches of `epoch` from `start_step` on. One iterator at a time: close an abandoned one first."""
         ...
 
     def close(self) -> None:

@@ -59,7 +59,9 @@ def print_report(console: Console, dataset: OpenDataset, report: WriteReport, ou
     console.print(table)
     groups = ", ".join(f"{int(members.sum())} {name}" for name, members in shot_groups(counts_K).items())
     factor = filled_K.max() / filled_K.min()
-    console.print(f"training images a class: {filled_K.max():,} … {filled_K.min():,} (imbalance factor {factor:.0f}); shot groups: {groups}")
+    console.print(
+        f"training images a class: {filled_K.max():,} … {filled_K.min():,} (imbalance factor {factor:.0f}); shot groups: {groups}"
+    )
     if report.num_reencoded:
         console.print(f"{report.num_reencoded:,} images were re-encoded as upright RGB JPEG")
     for sentence in report.skipped[:20]:
@@ -102,7 +104,13 @@ def make_shards(
         ),
     )
     total = sum(len(split.labels_N) for split in opened.splits.values())
-    columns = (TextColumn("{task.description:>5}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[size]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:>5}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[size]}"),
+        TimeRemainingColumn(),
+    )
     num_bytes = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("train", total=total, size="")

@@ -59,7 +59,7 @@ def source_bce(logits_BK: Tensor, labels_B: Tensor, class_mask_K: Tensor, logit_
 
 
 def draw_class_subset(labels_B: Tensor, num_classes: int, negative_ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """bool [K]: every class present in the batch, filled up at random to negative_ratio·K (traps.md A1: present classes are never dropped).
+    """Bool [K]: every class present in the batch, filled up at random to negative_ratio·K (traps.md A1: present classes are never dropped).
 
     Shapes do not depend on the labels and nothing is read back: all classes are ranked, the present ones first.
     """
@@ -73,7 +73,9 @@ def draw_class_subset(labels_B: Tensor, num_classes: int, negative_ratio: float,
     return chosen_K | present_K
 
 
-def contrastive_bce(projections_BP: Tensor, memory_KP: Tensor, targets: MixedTargets, temperature: float, logit_clamp: float, filled_K: Tensor) -> Tensor:
+def contrastive_bce(
+    projections_BP: Tensor, memory_KP: Tensor, targets: MixedTargets, temperature: float, logit_clamp: float, filled_K: Tensor
+) -> Tensor:
     """L(cos(P(x), M)/τ, t) against the normalised memory [K, P]; classes not yet filled are left out; float32 []."""
     normalized_BP = functional.normalize(widened(projections_BP), dim=1, eps=1e-12)
     return mixed_bce(normalized_BP @ memory_KP.to(normalized_BP.dtype).T / temperature, targets, logit_clamp, filled_K)

@@ -106,7 +106,8 @@ class Loss(Protocol):
 
         Args:
             features_VD: [3B, D], the views source, mixup and cutmix one after the other.
-            mixup, cutmix: targets of the mixed views; the source view's labels are `mixup.labels_B`.
+            mixup: target of the mixup view; its `labels_B` are the labels of the source view.
+            cutmix: target of the cutmix view.
             heads: of the model.
             epoch: from 0.
             generator: on the features' device, for losses that sample.

@@ -26,14 +26,12 @@ _DRAWS = 4 * _ATTEMPTS + 1
 
 def _resized_windows(draws_SA4: FloatArray, heights_S: IntArray, widths_S: IntArray, config: AugmentConfig) -> WindowArray:
     """RandomResizedCrop (Szegedy et al. 2015, in the field's usual form): the first of ten attempts that fits, else the centre."""
-    areas_SA = (heights_S * widths_S)[:, None] * (
-        config.area_range[0] + draws_SA4[..., 0] * (config.area_range[1] - config.area_range[0])
-    )
+    areas_SA = (heights_S * widths_S)[:, None] * (config.area_range[0] + draws_SA4[..., 0] * (config.area_range[1] - config.area_range[0]))
     low, high = math.log(config.aspect_range[0]), math.log(config.aspect_range[1])
     ratios_SA = np.exp(low + draws_SA4[..., 1] * (high - low))
     width_SA = np.rint(np.sqrt(areas_SA * ratios_SA)).astype(np.int64)
     height_SA = np.rint(np.sqrt(areas_SA / ratios_SA)).astype(np.int64)
-    fits_SA = (width_SA > 0) & (width_SA <= widths_S[:, None]) & (height_SA > 0) & (height_SA <= heights_S[:, None])
+    fits_SA: NDArray[np.bool_] = (width_SA > 0) & (width_SA <= widths_S[:, None]) & (height_SA > 0) & (height_SA <= heights_S[:, None])
     first_S = np.argmax(fits_SA, axis=1)
     rows_S = np.arange(len(first_S))
     height_S, width_S = height_SA[rows_S, first_S], width_SA[rows_S, first_S]
@@ -41,7 +39,8 @@ def _resized_windows(draws_SA4: FloatArray, heights_S: IntArray, widths_S: IntAr
     x_S = (draws_SA4[rows_S, first_S, 3] * (widths_S - width_S + 1)).astype(np.int64)
     drawn_S4 = np.stack([y_S, x_S, height_S, width_S], axis=1)
     fallback_S4 = _ratio_windows(heights_S, widths_S, config.aspect_range)
-    return np.where(fits_SA.any(axis=1)[:, None], drawn_S4, fallback_S4).astype(np.int32)
+    any_S1 = np.any(fits_SA, axis=1, keepdims=True)
+    return np.where(any_S1, drawn_S4, fallback_S4).astype(np.int32)
 
 
 def _ratio_windows(heights_S: IntArray, widths_S: IntArray, aspect_range: tuple[float, float]) -> IntArray:
@@ -65,7 +64,8 @@ def draw_windows(
 
     Args:
         keys_S: uint64 [S], one key per drawn sample.
-        heights_S, widths_S: int64 [S], size of each stored image in pixels.
+        heights_S: int64 [S], of each stored image in pixels.
+        widths_S: int64 [S], likewise.
         image_size: side of the crop in pixels ("pad"); "resized" and "none" resize their window to it later.
         config: kind and ranges of the crop.
     """
@@ -86,7 +86,9 @@ def draw_windows(
     return windows_S4, flips_S
 
 
-def crop_resident(images_SHWC: torch.Tensor, windows_S4: torch.Tensor, flips_S: torch.Tensor, image_size: int, resize: bool) -> torch.Tensor:
+def crop_resident(
+    images_SHWC: torch.Tensor, windows_S4: torch.Tensor, flips_S: torch.Tensor, image_size: int, resize: bool
+) -> torch.Tensor:
     """Crops and flips a batch of equally sized images in whole-batch operations.
 
     Args:

@@ -51,7 +51,8 @@ def mix_views(images_SHWC: torch.Tensor, mix: torch.Tensor, mean: torch.Tensor, 
     Args:
         images_SHWC: uint8, both streams.
         mix: float32 [6] from `draw_mix`.
-        mean, std: float32 [3] on the scale 0…255.
+        mean: float32 [3] on the scale 0…255.
+        std: float32 [3] on the scale 0…255.
         dtype: of the result.
     """
     num_sources, height, width = images_SHWC.shape[0] // 2, images_SHWC.shape[1], images_SHWC.shape[2]

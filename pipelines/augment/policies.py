@@ -3,6 +3,8 @@
 A policy is a list of sub-policies, each two (operation, probability, magnitude index). Every sample draws a sub-policy; each of its two
 operations then happens with its probability, its magnitude with a random sign. `POLICY_TABLE` names the policies; another one
 (RandAugment is all pairs of operations at one magnitude) is one more entry.
+
+Geometry samples the nearest pixel and fills with grey 128 throughout; DeepVoltaire's port does the same except for shears (bicubic).
 """
 
 from __future__ import annotations

@@ -4,4 +4,14 @@ from pipelines.format.index import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE
 from pipelines.format.reader import ShardSet, ShardSplit, open_shards
 from pipelines.format.writer import WriteOptions, WriteReport, write_shards
 
-__all__ = ["FORMAT_NAME", "FORMAT_VERSION", "INDEX_DTYPE", "ShardSet", "ShardSplit", "WriteOptions", "WriteReport", "open_shards", "write_shards"]
+__all__ = [
+    "FORMAT_NAME",
+    "FORMAT_VERSION",
+    "INDEX_DTYPE",
+    "ShardSet",
+    "ShardSplit",
+    "WriteOptions",
+    "WriteReport",
+    "open_shards",
+    "write_shards",
+]

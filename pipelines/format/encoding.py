@@ -12,7 +12,7 @@ from pipelines.types import DatasetError, EncodedSample
 _EXIF_ORIENTATION = 0x0112
 _KEPT = {"JPEG": ("jpg", {"RGB", "L"}), "PNG": ("png", {"RGB", "L"})}
 JPEG_QUALITY = 95
-MAX_PIXELS = 178_956_970
+MAX_SIDE = 65_535  # what the index can hold; Pillow itself refuses more than 179 million pixels
 
 
 def _reencode(image: Image.Image) -> bytes:
@@ -33,7 +33,7 @@ def prepare_sample(sample: EncodedSample) -> tuple[EncodedSample, int, int, bool
     formats) becomes an upright RGB JPEG of quality 95, so that any reader sees the same pixels.
 
     Raises:
-        DatasetError: the image does not decode, is empty or has more than `MAX_PIXELS` pixels; the sentence names its source.
+        DatasetError: the image does not decode, is empty, or is too large; the sentence names its source.
     """
     try:
         with warnings.catch_warnings():
@@ -41,11 +41,16 @@ def prepare_sample(sample: EncodedSample) -> tuple[EncodedSample, int, int, bool
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(sample.encoded)) as image:
                 width, height = image.size
-                if width * height > MAX_PIXELS or max(width, height) > 65_535:
+                if max(width, height) > MAX_SIDE:
                     raise DatasetError(f"{sample.source} is too large to be an image of a data set ({width}x{height} pixels)")
                 image.load()
                 extension, modes = _KEPT.get(image.format or "", ("", set()))
-                keep = extension and image.mode in modes and "transparency" not in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+                keep = (
+                    extension
+                    and image.mode in modes
+                    and "transparency" not in image.info
+                    and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+                )
                 if keep:
                     return _renamed(sample, sample.encoded, extension), height, width, False
                 encoded = _reencode(image)

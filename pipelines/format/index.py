@@ -53,11 +53,15 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
     """
     path = root / MANIFEST_FILE
     if not root.is_dir():
-        raise ShardError(f"no shards at {root}: the folder does not exist; make them with 'python tools/make_shards.py --dataset NAME --out {root}'")
+        raise ShardError(
+            f"no shards at {root}: the folder does not exist; make them with 'python tools/make_shards.py --dataset NAME --out {root}'"
+        )
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise ShardError(f"{root} holds no {MANIFEST_FILE}: it is not a finished shard folder; run tools/make_shards.py --out {root} again") from None
+        raise ShardError(
+            f"{root} holds no {MANIFEST_FILE}: it is not a finished shard folder; run tools/make_shards.py --out {root} again"
+        ) from None
     except OSError as error:
         raise ShardError(f"cannot read {path}: {error.strerror}") from error
     try:
@@ -68,6 +72,7 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
         raise ShardError(f"{path} is not a manifest of format '{FORMAT_NAME}'")
     if manifest.get("version") != FORMAT_VERSION:
         raise ShardError(
-            f"{path} has format version {manifest.get('version')!r}, this program reads version {FORMAT_VERSION}; make the shards again with --overwrite"
+            f"{path} has format version {manifest.get('version')!r}, this program reads version {FORMAT_VERSION}; "
+            "make the shards again with --overwrite"
         )
     return manifest, hashlib.sha256(content).hexdigest()

@@ -109,7 +109,9 @@ def _load_index(path: Path, num_samples: int) -> NDArray[np.void]:
     except (OSError, ValueError, EOFError) as error:
         raise ShardError(f"cannot read the shard index {path}: {error}; make the shards again with --overwrite") from error
     if index.dtype != INDEX_DTYPE or index.shape != (num_samples,):
-        raise ShardError(f"{path} does not fit the manifest ({num_samples} records of {INDEX_DTYPE.itemsize} bytes expected); make the shards again")
+        raise ShardError(
+            f"{path} does not fit the manifest ({num_samples} records of {INDEX_DTYPE.itemsize} bytes expected); make the shards again"
+        )
     return index  # type: ignore[no-any-return]
 
 

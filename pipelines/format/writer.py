@@ -228,7 +228,7 @@ class _ShardTar:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._num_samples = 0
 
     @property

@@ -49,7 +49,8 @@ def build_loader(
         config: loader, sizes, order and augmentation.
         seed: of the run; with (epoch, step, rank) it determines every batch.
         device: where batches are delivered.
-        rank, world_size: this process's share.
+        rank: of this process.
+        world_size: number of processes that share each batch.
 
     Raises:
         ConfigError: unknown loader, or a batch smaller than the number of ranks.

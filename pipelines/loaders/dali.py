@@ -23,7 +23,8 @@ try:
     from nvidia.dali import Pipeline, fn, types
 except ImportError as error:
     raise BackendError(
-        f"loader 'dali' needs NVIDIA DALI, which cannot be imported here ({error}); run 'pip install nvidia-dali-cuda130' or take --loader resident"
+        f"loader 'dali' needs NVIDIA DALI, which cannot be imported here ({error}); "
+        "run 'pip install nvidia-dali-cuda130' or take --loader resident"
     ) from error
 
 
@@ -105,7 +106,9 @@ class DaliPixels:
             return ShardError(f"DALI could not decode a batch: {reason}")
         position = int(place.group(1) or place.group(2))
         names = sorted({self._request.split.describe(int(ids[position])) for ids in in_flight if position < len(ids)})
-        return ShardError(f"DALI could not decode {' or '.join(names)} ({reason}); make the shards again, with --on-error skip if the source is damaged")
+        return ShardError(
+            f"DALI could not decode {' or '.join(names)} ({reason}); make the shards again, with --on-error skip if the source is damaged"
+        )
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
         """Keeps `prefetch_batches` iterations in flight; an abandoned stream collects and drops them."""

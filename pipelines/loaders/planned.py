@@ -1,6 +1,6 @@
 """The one loader: plans batches, lets a pixel source fill them, finishes them on the device.
 
-    order ─→ BatchPlan (host) ─→ PixelSource.stream: decode, crop, flip ─→ policy, cutout (device) ─→ Batch
+order ─→ BatchPlan (host) ─→ PixelSource.stream: decode, crop, flip ─→ policy, cutout (device) ─→ Batch
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipelines.augment.cutout import cutout
+from pipelines.augment.pixel_ops import upload
 from pipelines.augment.policies import apply_policy
 from pipelines.config import DataConfig
 from pipelines.format import ShardSplit
@@ -88,25 +89,17 @@ class PlannedLoader:
         augment = request.config.augment
         if request.training:
             return train_plans(self._order, self._geometry, augment, epoch, start_step, request.rank, request.world_size)
-        return eval_plans(
-            self._geometry, augment.eval_crop, request.config.batch_size, start_step, request.rank, request.world_size
-        )
+        return eval_plans(self._geometry, augment.eval_crop, request.config.batch_size, start_step, request.rank, request.world_size)
 
     def _finish(self, plan: BatchPlan, images_SHWC: torch.Tensor) -> Batch:
         if plan.policy is not None:
             images_SHWC = apply_policy(images_SHWC, plan.policy)
         if plan.cutout_S2 is not None:
-            images_SHWC = cutout(images_SHWC, to_device(plan.cutout_S2, images_SHWC.device), self._request.config.augment.cutout)
+            images_SHWC = cutout(images_SHWC, upload(plan.cutout_S2, images_SHWC.device), self._request.config.augment.cutout)
         labels_S = self._labels_N[torch.from_numpy(plan.ids_S)].to(images_SHWC.device, non_blocking=True)
-        mix = None if plan.mix is None else to_device(plan.mix, images_SHWC.device)
+        mix = None if plan.mix is None else upload(plan.mix, images_SHWC.device)
         return Batch(images_SHWC=images_SHWC, labels_S=labels_S, ids_S=plan.ids_S, mix=mix, epoch=plan.epoch, step=plan.step)
 
     def close(self) -> None:
         """Frees the pixel source; the loader cannot be used afterwards."""
         self._source.close()
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copies a small host array; from pinned memory and without waiting where the device is a GPU."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from pipelines.augment.geometry import crop_resident
+from pipelines.augment.pixel_ops import upload
 from pipelines.loaders.plan import BatchPlan
-from pipelines.loaders.planned import PixelRequest, to_device
+from pipelines.loaders.planned import PixelRequest
 from pipelines.types import BackendError, ShardError
 
 
@@ -41,7 +42,9 @@ class ResidentPixels:
             self._images_NHWC = torch.from_numpy(images_NHWC).to(request.device)
         except torch.OutOfMemoryError:
             gib = images_NHWC.nbytes / (1 << 30)
-            raise BackendError(f"loader 'resident' needs {gib:.1f} GiB on {request.device}, which has not that much free; take --loader dali") from None
+            raise BackendError(
+                f"loader 'resident' needs {gib:.1f} GiB on {request.device}, which has not that much free; take --loader dali"
+            ) from None
 
     def _decode(self, sample_id: int, encoded: np.ndarray) -> np.ndarray:
         try:
@@ -61,10 +64,10 @@ class ResidentPixels:
         """Gathers, crops and flips on the device; nothing runs ahead because nothing is waited for."""
         image_size, device = self._request.config.image_size, self._request.device
         for plan in plans:
-            images_SHWC = self._images_NHWC[to_device(plan.ids_S, device)]
+            images_SHWC = self._images_NHWC[upload(plan.ids_S, device)]
             # Windows of the target's own size are copied exactly; all others are resampled.
             resize = bool((plan.windows_S4[:, 2:] != image_size).any())
-            yield plan, crop_resident(images_SHWC, to_device(plan.windows_S4, device), to_device(plan.flips_S, device), image_size, resize)
+            yield plan, crop_resident(images_SHWC, upload(plan.windows_S4, device), upload(plan.flips_S, device), image_size, resize)
 
     def close(self) -> None:
         """Frees the images."""

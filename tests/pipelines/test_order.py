@@ -32,7 +32,9 @@ def test_instance_stream_holds_every_sample_exactly_once(counts: list[int], seed
     world_size=st.integers(1, 5),
     drop_last=st.booleans(),
 )
-def test_ranks_together_read_each_position_once_and_in_the_order_of_one_rank(counts: list[int], batch_size: int, world_size: int, drop_last: bool) -> None:
+def test_ranks_together_read_each_position_once_and_in_the_order_of_one_rank(
+    counts: list[int], batch_size: int, world_size: int, drop_last: bool
+) -> None:
     order = order_of(counts, batch_size, drop_last=drop_last)
     for step in range(order.num_steps):
         shared = np.concatenate([order.step_positions(step, rank, world_size) for rank in range(world_size)])
@@ -109,6 +111,5 @@ def test_golden_order_is_the_same_on_every_machine_and_version() -> None:
 
 
 def test_unknown_sampling_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown sampling 'balanced'; known: .*class-balanced"):
+    with pytest.raises(ConfigError, match=r"unknown sampling 'balanced'; known: .*class-balanced"):
         OrderConfig(sampling="balanced")
-

@@ -77,7 +77,9 @@ def load_case(name: str, dtype: torch.dtype) -> Case:
     views = [torch.from_numpy(arrays[f"features_{view}"]) for view in ("source", "mixup", "cutmix")]
     labels = arrays["labels"]
     targets = MixedTargets(
-        torch.from_numpy(labels), torch.from_numpy(partner_labels(arrays["soft_targets"], labels)), torch.tensor(float(arrays["lam"]), dtype=dtype)
+        torch.from_numpy(labels),
+        torch.from_numpy(partner_labels(arrays["soft_targets"], labels)),
+        torch.tensor(float(arrays["lam"]), dtype=dtype),
     )
     mask = torch.zeros(K, dtype=torch.bool)
     mask[torch.from_numpy(arrays["class_subset"])] = True
@@ -121,7 +123,9 @@ class TestOracle:
                 case.heads.projector(views[view]), memory.normalized(), case.targets, case.loss.config.temperature, 64.0, memory.filled_K
             )
         for term, value in found.items():
-            torch.testing.assert_close(value.detach().double(), case.expected(term).double(), **tolerance(dtype), msg=lambda m, t=term: f"{t}: {m}")
+            torch.testing.assert_close(
+                value.detach().double(), case.expected(term).double(), **tolerance(dtype), msg=lambda m, t=term: f"{t}: {m}"
+            )
 
     def test_every_gradient_agrees(self, name: str, dtype: torch.dtype) -> None:
         case = load_case(name, dtype)

@@ -29,7 +29,9 @@ def config_for(loader: str, augment: AugmentConfig = PAD, **changes: Any) -> Dat
     return replace(DataConfig(loader=loader, batch_size=16, image_size=32, num_threads=2, order=order, augment=augment), **changes)
 
 
-def loader_for(shards: ShardSet, loader: str, split: str = "train", seed: int = 0, rank: int = 0, world_size: int = 1, **changes: Any) -> PlannedLoader:
+def loader_for(
+    shards: ShardSet, loader: str, split: str = "train", seed: int = 0, rank: int = 0, world_size: int = 1, **changes: Any
+) -> PlannedLoader:
     return build_loader(shards, split, config_for(loader, **changes), seed=seed, device=CPU, rank=rank, world_size=world_size)
 
 
