@@ -89,6 +89,7 @@ def _train(config: TrainConfig, shards: Path, out: Path, *, resume: bool, overwr
             f"{len(trainer.train_counts_K)} classes); loader {name} ({reason}); {placement.device}, {placement.precision}"
             + (f"; continuing after epoch {done}" if done else ""),
             highlight=False,
+            soft_wrap=True,
         )
         result = trainer.fit()
     finally:

@@ -63,7 +63,7 @@ class TrainingProgress:
         if not self._console.is_terminal:
             left_s = (time.perf_counter() - self._started_s) / max(1, line["epochs_done_here"]) * (self._epochs - epoch - 1)
             parts.append(f"{left_s:.0f} s left")
-        self._console.print("  ".join(parts), highlight=False)
+        self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
 
 def accuracy_table(title: str, rows: dict[str, Accuracy], train_counts_text: str = "") -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,16 @@ def learning_rate_at(config: OptimizerConfig, epochs: int, progress: float) -> f
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
-    """SGD over two groups: parameters with weight decay, and norms and biases if they are spared."""
-    decayed = [p for p in model.parameters() if config.decay_norm_and_bias or p.ndim > 1]
-    spared = [p for p in model.parameters() if not config.decay_norm_and_bias and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
-    if spared:
-        groups.append({"params": spared, "weight_decay": 0.0})
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+def build_optimizer(model: Recogniser, config: OptimizerConfig) -> torch.optim.SGD:
+    """Fused SGD; norms and biases in groups of their own if they are spared weight decay, the projector always."""
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        decays = config.decay_norm_and_bias or parameter.ndim > 1
+        # The projector gets its first gradient an epoch later than the rest, and a fused group wants all its momenta at once.
+        key = (name.startswith("projector."), decays)
+        group = groups.setdefault(key, {"params": [], "weight_decay": config.weight_decay if decays else 0.0})
+        group["params"].append(parameter)
+    return torch.optim.SGD(list(groups.values()), lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True)
 
 
 class TrainStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from PIL import Image
 
 from pipelines.format import ShardSet, WriteOptions, open_shards, write_shards
 from pipelines.types import SPLITS, EncodedSample, OpenDataset, Split
+
+# Small tensors gain nothing from a second thread, and on a busy machine its barriers cost tenfold. Sums in one order also let runs be
+# compared bit for bit. Set before torch is imported, and inherited by every process a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MakeShards = Callable[..., ShardSet]

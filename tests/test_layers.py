@@ -38,7 +38,7 @@ FLOORS = (
     Floor(("bce3s",), False),  # the __init__ alone: the version
     Floor(_under("bce3s", "config"), False),
     Floor(_under("bce3s", "models losses checkpoint runlog metrics distributed device"), False),
-    Floor(_under("bce3s", "train step retrain evaluate throughput report recipes export"), True),
+    Floor(_under("bce3s", "train step retrain evaluate throughput report recipes progress export"), True),
     Floor(_under("bce3s", "cli"), False),
     Floor(("tools", "benchmarks", "tests"), False),
 )

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
-busy=.venv/.busy         # there while something is being installed; left behind only by a kill or a failure
+busy=.venv/.busy         # there while something is being installed; left behind only by a kill or Ctrl-C
 complete=.venv/.complete # holds the path of the checkout, because the scripts in .venv/bin do too
 ffcv_done=.venv/.ffcv    # FFCV imports
 ffcv_failed=.venv/.ffcv-failed
@@ -14,6 +14,8 @@ ffcv_log=.venv/ffcv-build.log
 
 # pip's own variables also reach the isolated environments in which it builds, where `-c` does not.
 export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+
+trap 'exit 130' INT # pip takes Ctrl-C for an ordinary failure; we must not
 
 say() { printf '%s\n' "$*"; }
 die() { say "$*" >&2; exit 1; }
@@ -29,7 +31,7 @@ require_python() {
 }
 
 runs() { .venv/bin/python -c 'import pip' 2>/dev/null; }
-is_here() { [[ ! -f $complete || $(<$complete) == "$PWD" ]]; }
+is_here() { [[ ! -f $complete || $(<$complete) == "$(pwd -P)" ]]; }
 is_current() { [[ -f $complete && ! -f $busy && $complete -nt pyproject.toml && $complete -nt constraints.txt ]] && is_here; }
 
 install_project() {
@@ -42,8 +44,12 @@ install_project() {
     touch $busy
     rm -f $ffcv_done $ffcv_failed # other versions: FFCV is looked at anew
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-    .venv/bin/python -m pip install -e ".[dev,report]"
-    pwd >$complete
+    # pip leaves things as they were when it fails (no network, say), so that is no reason to start over; a kill is.
+    .venv/bin/python -m pip install -e ".[dev,report]" || {
+        rm $busy
+        die "The installation failed for the reason above: 'make env' tries again, 'make clean-env' comes before starting from nothing."
+    }
+    pwd -P >$complete
     rm $busy
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,15 +29,6 @@ SMALL_NETS: dict[str, dict[str, Any]] = {
     "bottleneck": {"bottleneck": True},
     "grouped": {"bottleneck": True, "groups": 32, "width_per_group": 4},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads over convolutions this small spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def expected_keys(num_blocks: tuple[int, ...], convs_per_block: int) -> list[str]:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bce3s.models.resnet_cifar import ResNetCifar, SubsampleShortcut
 from pipelines.types import ConfigError
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads over convolutions this small spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # He et al. 2016, table 6, counts millions with the classifier of 10 classes: 0.27, 0.46, 0.66, 0.85.

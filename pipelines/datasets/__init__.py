@@ -1,0 +1,142 @@
+"""What a data set is: sources on disk turned into bytes and labels, ready to be sharded.
+
+`open_dataset("cifar100-lt", DatasetOptions(source=Path("data")))` gives class names and the splits train, val and test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+
+from pipelines.config import require, require_choice
+from pipelines.datasets.longtail import (
+    class_counts,
+    exponential_counts,
+    require_imbalance_factor,
+    select_subset,
+    shot_groups,
+    stratified_split,
+)
+from pipelines.types import ConfigError, DatasetError, OpenDataset
+
+__all__ = [
+    "DATASETS",
+    "SUBSETS",
+    "DatasetEntry",
+    "DatasetOptions",
+    "class_counts",
+    "exponential_counts",
+    "open_dataset",
+    "select_subset",
+    "shot_groups",
+    "stratified_split",
+]
+
+SUBSETS = ("first", "seeded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions:
+    """What can be asked of a data set; None is the data set's own default.
+
+    Args:
+        source: folder that holds the images, or the folder above it.
+        imbalance_factor: largest/smallest class of the exponential train profile, at least 1.
+        subset: which images of a class the profile keeps: "first" in file order, or "seeded".
+        seed: of every draw, at least 0.
+        val_per_class: images of each class taken from train for val.
+        val_fraction, test_fraction: shares of each class taken from train where the source has no such split, in [0, 1).
+    """
+
+    source: Path | None = None
+    imbalance_factor: float | None = None
+    subset: str | None = None
+    seed: int | None = None
+    val_per_class: int | None = None
+    val_fraction: float | None = None
+    test_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.imbalance_factor is not None:
+            require_imbalance_factor(self.imbalance_factor)
+        if self.subset is not None:
+            require_choice("subset", self.subset, SUBSETS)
+        for option in ("seed", "val_per_class"):
+            value = getattr(self, option)
+            require(value is None or value >= 0, f"{option} cannot be negative, not {value}")
+        for option in ("val_fraction", "test_fraction"):
+            value = getattr(self, option)
+            require(value is None or 0 <= value < 1, f"{option} is a share of each class and must lie in [0, 1), not {value}")
+
+    def given(self) -> tuple[str, ...]:
+        """Names of the options that are not None."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetEntry:
+    """One line of `DATASETS`.
+
+    Args:
+        summary: one line for lists of data sets.
+        opener: "module:function" of a function `DatasetOptions -> OpenDataset`, imported when asked for.
+        accepts: the options it reads.
+        needs_source: True where `source` has no default.
+    """
+
+    summary: str
+    opener: str
+    accepts: tuple[str, ...]
+    needs_source: bool = True
+
+
+_LONG_TAIL = ("source", "imbalance_factor", "subset", "seed")
+
+# The whole seam: a new data set is one file with one `open_…` function, and one entry here.
+DATASETS: dict[str, DatasetEntry] = {
+    "demo": DatasetEntry(
+        summary="20 classes of drawn shapes in clutter, generated as JPEG files in a few seconds",
+        opener="pipelines.datasets.demo:open_demo",
+        accepts=("source", "imbalance_factor", "seed"),
+        needs_source=False,
+    ),
+    "folder": DatasetEntry(
+        summary="your own images, one folder a class, with or without train/val/test above",
+        opener="pipelines.datasets.folder:open_folder",
+        accepts=(*_LONG_TAIL, "val_fraction", "test_fraction"),
+    ),
+    "cifar10-lt": DatasetEntry(
+        summary="CIFAR-10 (python version) with an exponential train profile",
+        opener="pipelines.datasets.cifar_lt:open_cifar10_lt",
+        accepts=(*_LONG_TAIL, "val_per_class"),
+    ),
+    "cifar100-lt": DatasetEntry(
+        summary="CIFAR-100 (python version) with an exponential train profile",
+        opener="pipelines.datasets.cifar_lt:open_cifar100_lt",
+        accepts=(*_LONG_TAIL, "val_per_class"),
+    ),
+}
+
+
+def open_dataset(name: str, options: DatasetOptions | None = None) -> OpenDataset:
+    """Opens a data set by its name in `DATASETS`.
+
+    Raises:
+        ConfigError: an unknown name, or an option the data set does not take.
+        DatasetError: the source is not named, missing, or not what the data set expects.
+    """
+    options = options or DatasetOptions()
+    require_choice("data set", name, tuple(DATASETS))
+    entry = DATASETS[name]
+    foreign = [option for option in options.given() if option not in entry.accepts]
+    if foreign:
+        raise ConfigError(f"data set '{name}' does not take {', '.join(foreign)}; it takes {', '.join(entry.accepts)}")
+    if entry.needs_source and options.source is None:
+        raise DatasetError(f"data set '{name}' is read from a folder of yours: name it with --source")
+    if entry.needs_source and options.source is not None and not options.source.is_dir():
+        raise DatasetError(f"there is no folder {options.source}: name the folder of '{name}' with --source")
+    module, function = entry.opener.split(":")
+    opener: Callable[[DatasetOptions], OpenDataset] = getattr(import_module(module), function)
+    return opener(options)

@@ -1,0 +1,144 @@
+"""Images of your own: one folder a class, with or without train, val and test above."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.config import require
+from pipelines.datasets import DatasetOptions
+from pipelines.datasets.files import IMAGE_SUFFIXES, file_split
+from pipelines.datasets.longtail import class_counts, exponential_counts, select_subset, stratified_split
+from pipelines.types import SPLITS, DatasetError, IntArray, OpenDataset, Split
+
+_SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+def open_folder(options: DatasetOptions) -> OpenDataset:
+    """Opens `source/{train,val,test}/<class>/*` or `source/<class>/*`; labels are the sorted class names.
+
+    Where val or test is missing it is split off train: stratified, seeded, `val_fraction` and `test_fraction` (0.1 each).
+    With `imbalance_factor`, train keeps an exponential profile afterwards: the n-th largest class gets the n-th count, but never more than
+    it has, so a set that is already steeper than asked keeps its tail. `subset` ("seeded") and `seed` (0) say which images stay.
+
+    Raises:
+        ConfigError: fractions that leave no training images, or one for a split that has its own folder.
+        DatasetError: a folder without classes, a class without images, or a class of val or test that train lacks.
+    """
+    source = options.source
+    assert source is not None  # `open_dataset` asked for it
+    folders = find_split_folders(source)
+    train = list_classes(folders["train"])
+    class_names = tuple(train)
+    splits: dict[str, Split] = {}
+    for split in folders.keys() - {"train"}:
+        splits[split] = read_split(list_classes(folders[split], class_names), class_names)
+
+    paths = [path for files in train.values() for path in files]
+    labels_N = np.repeat(np.arange(len(class_names)), [len(files) for files in train.values()])
+    seed, subset = options.seed or 0, options.subset or "seeded"
+    fractions = _fractions(options, folders)
+    rows = stratified_split(labels_N, len(class_names), fractions, seed)
+    splits |= {split: _take(paths, labels_N, rows[split]) for split in fractions}
+    if options.imbalance_factor is not None:
+        counts_K = _profile(labels_N[rows["train"]], len(class_names), options.imbalance_factor)
+        rows["train"] = rows["train"][select_subset(labels_N[rows["train"]], counts_K, subset=subset, seed=seed)]
+    splits["train"] = _take(paths, labels_N, rows["train"])
+    resolved = {"imbalance_factor": options.imbalance_factor, "subset": subset, "seed": seed}
+    resolved |= {f"{split}_fraction": fraction for split, fraction in fractions.items()}
+    return OpenDataset(name="folder", class_names=class_names, splits={split: splits[split] for split in SPLITS}, options=resolved)
+
+
+def find_split_folders(source: Path) -> dict[str, Path]:
+    """The folders of the splits present: "train" always, and it is `source` itself in the flat layout.
+
+    Raises:
+        DatasetError: val or test without train, or two folders for one split.
+    """
+    names = set(_entries(source, folders=True))
+    split_names = {name for known in _SPLIT_FOLDERS.values() for name in known}
+    # A folder `train` without folders inside, beside other classes, is a class of that name (vehicles have one).
+    if not (names & split_names) or not (names <= split_names or ("train" in names and _entries(source / "train", folders=True))):
+        return {"train": source}
+    found = {}
+    for split, known in _SPLIT_FOLDERS.items():
+        present = [source / name for name in known if name in names]
+        if len(present) > 1:
+            raise DatasetError(f"{present[0]} and {present[1]} are both there: keep one of them as the {split} split")
+        if present:
+            found[split] = present[0]
+    if "train" not in found:
+        raise DatasetError(
+            f"{source} holds {', '.join(sorted(names))} but no train folder: put the training images into {source}/train/<class>/"
+        )
+    return found
+
+
+def list_classes(folder: Path, known: tuple[str, ...] | None = None) -> dict[str, list[str]]:
+    """Image files of each class folder, both sorted by name; hidden files and files of other kinds are left out.
+
+    Args:
+        folder: of one split.
+        known: the classes of train, where this is another split; such a split may lack classes.
+
+    Raises:
+        DatasetError: no class folders, no images at all, a class without images (train) or one that train lacks (others).
+    """
+    classes = {name: _images(folder / name) for name in _entries(folder, folders=True)}
+    if not classes:
+        raise DatasetError(f"{folder} holds no class folders: put the images of each class into {folder}/<class>/")
+    empty = [name for name, files in classes.items() if not files]
+    if empty and (known is None or len(empty) == len(classes)):
+        kinds = " ".join(IMAGE_SUFFIXES)
+        raise DatasetError(f"{folder / empty[0]} holds no images ({kinds}): add some right there, or remove the folder")
+    strange = sorted(set(classes) - set(known)) if known is not None else []
+    if strange:
+        raise DatasetError(f"{folder / strange[0]} is a class that train lacks: add training images for it, or remove the folder")
+    return classes
+
+
+def read_split(classes: dict[str, list[str]], class_names: tuple[str, ...]) -> Split:
+    """A split of all files of `classes`, labelled by the place of their class in `class_names`."""
+    paths = [path for files in classes.values() for path in files]
+    label_of = {name: label for label, name in enumerate(class_names)}
+    return file_split(paths, np.repeat([label_of[name] for name in classes], [len(files) for files in classes.values()]))
+
+
+def _entries(folder: Path, *, folders: bool) -> list[str]:
+    """Sorted names of the visible folders, or of the visible files, in `folder`; the listing tells the kind, without a stat per file."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir() == folders)
+    except OSError as error:
+        raise DatasetError(f"cannot list {folder} ({error.strerror}): make it readable and run the command again") from error
+
+
+def _images(folder: Path) -> list[str]:
+    return [os.path.join(folder, name) for name in _entries(folder, folders=False) if name.lower().endswith(IMAGE_SUFFIXES)]
+
+
+def _fractions(options: DatasetOptions, folders: dict[str, Path]) -> dict[str, float]:
+    """What each missing split takes from train; test comes first, so that a class of two images is at least measured."""
+    fractions = {}
+    for split, fraction in (("test", options.test_fraction), ("val", options.val_fraction)):
+        if split not in folders:
+            fractions[split] = 0.1 if fraction is None else fraction
+        else:
+            require(fraction is None, f"{split}_fraction splits images off train, but {folders[split]} is there: leave the option out")
+    total = sum(fractions.values())
+    require(total < 1, f"val and test would take {total:g} of each class: their fractions must sum to less than 1")
+    return fractions
+
+
+def _take(paths: list[str], labels_N: IntArray, rows: IntArray) -> Split:
+    return file_split([paths[row] for row in rows], labels_N[rows])
+
+
+def _profile(labels_N: IntArray, num_classes: int, imbalance_factor: float) -> IntArray:
+    available_K = class_counts(labels_N, num_classes)
+    counts_K = np.empty_like(available_K)
+    # Stable, so that classes of one size are ordered by name.
+    counts_K[np.argsort(-available_K, kind="stable")] = exponential_counts(int(available_K.max()), num_classes, imbalance_factor)
+    return np.minimum(counts_K, available_K)
