@@ -5,6 +5,7 @@ python tools/make_shards.py --dataset cifar100-lt --source DIR --out shards/cifa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -120,7 +121,8 @@ def make_shards(
             num_bytes += size
             progress.update(task, advance=1, description=split, size=f"{num_bytes / 1e6:.1f} MB")
 
-        report = write_shards(opened, write_orders(opened, seed), folder, options, on_sample)
+        recorded = replace(opened, options={**opened.options, "seed": seed})
+        report = write_shards(recorded, write_orders(opened, seed), folder, options, on_sample)
     print_report(console, opened, report, folder)
 
 

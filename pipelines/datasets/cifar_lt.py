@@ -81,7 +81,7 @@ def open_cifar100_lt(options: DatasetOptions) -> OpenDataset:
     the largest class shrinks by as many, so the counts are then no longer the published ones.
 
     Raises:
-        ConfigError: `seed` without "seeded", or a val split as large as the largest class.
+        ConfigError: a val split as large as the largest class.
         DatasetError: a file is missing or damaged, or has fewer images of a class than the profile asks for.
     """
     return _open(_CIFAR100, options)
@@ -90,7 +90,6 @@ def open_cifar100_lt(options: DatasetOptions) -> OpenDataset:
 def _open(layout: _Layout, options: DatasetOptions) -> OpenDataset:
     imbalance_factor = 100.0 if options.imbalance_factor is None else options.imbalance_factor
     subset = options.subset or "first"
-    require(options.seed is None or subset == "seeded", "seed is read by subset 'seeded' only: add that subset or leave the seed out")
     seed, val_per_class = options.seed or 0, options.val_per_class or 0
     max_count = layout.max_count - val_per_class
     require(max_count >= 1, f"val_per_class must be below the {layout.max_count} images of a class, not {val_per_class}")
