@@ -123,7 +123,7 @@ def _leaning_pair(shape: str, rng: np.random.Generator) -> FloatArray:
 
 
 def _paint(x_HW: FloatArray, y_HW: FloatArray, fill: str, colours: FloatArray, rng: np.random.Generator) -> FloatArray:
-    """A full sheet [H, W, 3] of one fill, mottled by coarse noise; either fill holds both colours [2, 3], so colours do not tell the fill."""
+    """A full sheet [H, W, 3] of one fill, mottled by coarse noise; either fill holds both colours [2, 3], so colour does not tell it."""
     height, width = x_HW.shape
     angle = rng.uniform(0, 2 * math.pi)
     along_HW = (x_HW - width / 2) * math.cos(angle) + (y_HW - height / 2) * math.sin(angle)
