@@ -115,7 +115,7 @@ class Loader(Protocol):
     num_steps: int
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yields the batches of `epoch` from `start_step` on. One iterator at a time: close an abandoned one first."""
+        """Yields the batches of `epoch` from `start_step` on. Starting one ends the one before."""
         ...
 
     def close(self) -> None:

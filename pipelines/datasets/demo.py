@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,9 @@ class DemoSpec:
         }
 
 
+DEFAULT = DemoSpec()
+
+
 def open_demo(options: DatasetOptions) -> OpenDataset:
     """Opens the demo set in `source` (default data/demo), after drawing it there if need be; takes about ten seconds once.
 
@@ -63,8 +66,8 @@ def open_demo(options: DatasetOptions) -> OpenDataset:
     Raises:
         DatasetError: the folder holds something else, or cannot be written.
     """
-    factor = DemoSpec.imbalance_factor if options.imbalance_factor is None else options.imbalance_factor
-    return open_drawn(options.source or Path("data/demo"), DemoSpec(imbalance_factor=factor, seed=options.seed or 0))
+    factor = DEFAULT.imbalance_factor if options.imbalance_factor is None else options.imbalance_factor
+    return open_drawn(options.source or Path("data/demo"), replace(DEFAULT, imbalance_factor=factor, seed=options.seed or 0))
 
 
 def open_drawn(folder: Path, spec: DemoSpec) -> OpenDataset:

@@ -24,11 +24,12 @@ def open_folder(options: DatasetOptions) -> OpenDataset:
     it has, so a set that is already steeper than asked keeps its tail. `subset` ("seeded") and `seed` (0) say which images stay.
 
     Raises:
-        ConfigError: fractions that leave no training images, one for a split that has its own folder, or another option without effect.
+        ConfigError: fractions that leave no training images, one for a split that has its own folder, or a subset of nothing.
         DatasetError: a folder without classes, a class without images, or a class of val or test that train lacks.
     """
     source = options.source
     assert source is not None  # `open_dataset` asked for it
+    require(options.subset is None or options.imbalance_factor is not None, "subset picks what imbalance_factor keeps: give that as well")
     folders = find_split_folders(source)
     train = list_classes(folders["train"])
     class_names = tuple(train)
@@ -40,7 +41,6 @@ def open_folder(options: DatasetOptions) -> OpenDataset:
     labels_N = np.repeat(np.arange(len(class_names)), [len(files) for files in train.values()])
     seed, subset = options.seed or 0, options.subset or "seeded"
     fractions = _fractions(options, folders)
-    _require_all_read(options, drawn=bool(fractions) or (options.imbalance_factor is not None and subset == "seeded"))
     rows = stratified_split(labels_N, len(class_names), fractions, seed)
     splits |= {split: _take(paths, labels_N, rows[split]) for split in fractions}
     if options.imbalance_factor is not None:
@@ -131,14 +131,6 @@ def _fractions(options: DatasetOptions, folders: dict[str, Path]) -> dict[str, f
     total = sum(fractions.values())
     require(total < 1, f"val and test would take {total:g} of each class: their fractions must sum to less than 1")
     return fractions
-
-
-def _require_all_read(options: DatasetOptions, *, drawn: bool) -> None:
-    """An option that would change nothing is an error, or the user believes it did."""
-    require(options.subset is None or options.imbalance_factor is not None, "subset picks what imbalance_factor keeps: give that as well")
-    require(
-        options.seed is None or drawn, "seed is not read where train, val and test are all there and no seeded subset is made: leave it out"
-    )
 
 
 def _take(paths: list[str], labels_N: IntArray, rows: IntArray) -> Split:

@@ -67,6 +67,7 @@ class PlannedLoader:
         """Groups the samples by class once; everything else happens in `epoch`."""
         split, config = request.split, request.config
         self._request, self._source = request, source
+        self._stream = source.stream(iter(()))
         self._labels_N = torch.from_numpy(split.labels_N)
         self._order = SampleOrder(split.labels_N, num_classes, config.batch_size, request.seed, config.order)
         heights_N, widths_N = split.heights_N, split.widths_N
@@ -76,13 +77,11 @@ class PlannedLoader:
         self.num_steps = self._order.num_steps if request.training else -(-len(split) // config.batch_size)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yields the batches of `epoch` from `start_step` on."""
-        stream = self._source.stream(self._plans(epoch, start_step))
-        try:
-            for plan, images_SHWC in stream:
-                yield self._finish(plan, images_SHWC)
-        finally:
-            stream.close()
+        """Yields the batches of `epoch` from `start_step` on; an epoch still open before is closed first."""
+        self._stream.close()
+        self._stream = self._source.stream(self._plans(epoch, start_step))
+        for plan, images_SHWC in self._stream:
+            yield self._finish(plan, images_SHWC)
 
     def _plans(self, epoch: int, start_step: int) -> Iterator[BatchPlan]:
         request = self._request
@@ -101,5 +100,6 @@ class PlannedLoader:
         return Batch(images_SHWC=images_SHWC, labels_S=labels_S, ids_S=plan.ids_S, mix=mix, epoch=plan.epoch, step=plan.step)
 
     def close(self) -> None:
-        """Frees the pixel source; the loader cannot be used afterwards."""
+        """Ends an open epoch and frees the pixel source; the loader cannot be used afterwards."""
+        self._stream.close()
         self._source.close()

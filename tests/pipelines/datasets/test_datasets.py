@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from pipelines.types import SPLITS, ConfigError, DatasetError, OpenDataset
 
 
 def _make_demo(source: Path) -> DatasetOptions:
-    demo.open_drawn(source, demo.DemoSpec(max_count=3, imbalance_factor=2, val_per_class=1, test_per_class=1))
     return DatasetOptions(source=source)
 
 
@@ -54,9 +54,7 @@ def opened_twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     name = request.param
     options = MAKERS[name](tmp_path_factory.mktemp(name) / "source")
     with pytest.MonkeyPatch.context() as patch:
-        small = demo.DemoSpec(max_count=3, imbalance_factor=2, val_per_class=1, test_per_class=1)
-        patch.setattr(demo, "DemoSpec", lambda **_: small)
-        patch.setattr(demo.DemoSpec, "imbalance_factor", 2, raising=False)
+        patch.setattr(demo, "DEFAULT", demo.DemoSpec(max_count=3, imbalance_factor=2, val_per_class=1, test_per_class=1))
         return name, open_dataset(name, options), open_dataset(name, options)
 
 
@@ -90,8 +88,6 @@ def test_images_decode_and_repeat(opened_twice: tuple[str, OpenDataset, OpenData
 
 
 def test_options_can_be_saved(opened_twice: tuple[str, OpenDataset, OpenDataset]) -> None:
-    import json
-
     _, dataset, _ = opened_twice
     assert json.loads(json.dumps(dict(dataset.options))) == dataset.options
 
