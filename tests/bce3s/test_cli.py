@@ -1,0 +1,129 @@
+"""The command line as a user types it: train, continue, evaluate, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = ["--recipe", "cifar10lt_resnet20_40ep", "--epochs", "1", "--precision", "fp32", "--device", "cpu"]
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    command = [sys.executable, "-W", "error", "-m", "bce3s.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def assert_one_sentence(found: subprocess.CompletedProcess[str], sentence: str) -> None:
+    assert found.returncode != 0
+    assert "Traceback" not in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1, found.stderr
+    assert sentence in found.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(make_shards: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished one-epoch run in its working folder, and its shards."""
+    folder = tmp_path_factory.mktemp("cli")
+    shards = make_shards(val=2)
+    found = run("fast-train", "--dataset", "cifar10-lt", "--shards", str(shards.root), *FAST, "--out", "runs/one", cwd=folder)
+    assert found.returncode == 0, found.stderr
+    for expected in ("last epoch, flip TTA", "best epoch on val", "source images/s", "runs/one"):
+        assert expected in found.stdout
+    return folder, shards.root
+
+
+def test_evaluate_repeats_the_last_epoch_of_the_run(trained: tuple[Path, Path]) -> None:
+    folder, _ = trained
+    found = run("evaluate", "runs/one", "--json", cwd=folder)
+    assert found.returncode == 0, found.stderr
+    figures = json.loads(found.stdout)
+    lines = [json.loads(line) for line in (folder / "runs" / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert figures["last epoch (1)"] == json.loads(json.dumps(lines[-1]["last_epoch_no_tta"]))
+    assert run("evaluate", "runs/one", "--split", "val", "--checkpoint", "best", cwd=folder).returncode == 0
+
+
+def test_print_config_is_json_and_trains_nothing(tmp_path: Path) -> None:
+    found = run("fast-train", "--dataset", "demo", "--epochs", "3", "--set", "optimizer.momentum=0.8", "--print-config", cwd=tmp_path)
+    config = json.loads(found.stdout)
+    assert (config["epochs"], config["optimizer"]["momentum"], config["data"]["loader"]) == (3, 0.8, "dali")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--dataset", "imagenet"], "unknown dataset 'imagenet'; known: demo, folder, cifar10-lt, cifar100-lt"),
+        (["--dataset", "demo", "--recipe", "fastest"], "unknown recipe 'fastest'; known: demo_resnet20_12ep"),
+        (["--dataset", "demo", "--loader", "torch"], "unknown loader 'torch'; known: auto, dali, resident, synthetic"),
+        (["--dataset", "demo", "--shards", "absent"], "no shards at absent"),
+        (["--dataset", "demo"], "no shards at shards/demo"),
+        (["--dataset", "demo", "--set", "lr=1"], "unknown setting 'lr'"),
+        (["--dataset", "demo", "--epochs", "0"], "epochs must be at least 1"),
+        (["--dataset", "demo", "--device", "tpu"], "unknown device 'tpu'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_one_sentence(run("fast-train", *arguments, cwd=tmp_path), sentence)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--loss", "focal"], "unknown loss 'focal'; known: bce3s, bce, ce"),
+        (["--arch", "vgg"], "unknown arch 'vgg'; known: resnet20-cifar"),
+        (["--precision", "fp16"], "precision fp16 needs a GPU"),
+        (["--device", "cuda"], "sees no CUDA device"),
+        (["--set", "model.pretrained=absent.pth"], "absent.pth"),
+        (["--dataset", "demo"], "holds data set 'cifar10-lt', not 'demo'"),
+        (["--out", "runs/one"], "runs/one holds a run already; add --resume"),
+        (["--out", "runs/one", "--resume", "--seed", "3"], "was trained with seed=0, this command says 3"),
+    ],
+)
+def test_a_mistake_beside_real_shards_is_one_sentence(trained: tuple[Path, Path], arguments: list[str], sentence: str) -> None:
+    folder, shards = trained
+    if "cuda" in arguments:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has the device that the sentence says is missing")
+    command = ["fast-train", "--dataset", "cifar10-lt", "--shards", str(shards), *FAST, "--out", "runs/mistake", *arguments]
+    assert_one_sentence(run(*command, cwd=folder), sentence)
+    assert not (folder / "runs" / "mistake").exists()
+
+
+def test_resume_of_a_checkpoint_of_another_dataset_is_one_sentence(trained: tuple[Path, Path], make_shards: Any) -> None:
+    folder, _ = trained
+    other = make_shards(name="demo")
+    found = run("fast-train", "--dataset", "demo", "--shards", str(other.root), *FAST, "--out", "runs/one", "--resume", cwd=folder)
+    assert_one_sentence(found, "was trained on 'cifar10-lt'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["absent"], "absent is not a run folder"),
+        (["runs/one", "--shards", "absent"], "no shards at absent"),
+        (["runs/one", "--split", "train"], "unknown split 'train'; known: val, test"),
+        (["runs/one", "--checkpoint", "first"], "unknown checkpoint 'first'; known: last, best"),
+    ],
+)
+def test_a_mistake_in_evaluate_is_one_sentence(trained: tuple[Path, Path], arguments: list[str], sentence: str) -> None:
+    assert_one_sentence(run("evaluate", *arguments, cwd=trained[0]), sentence)
+
+
+def test_help_needs_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from bce3s.cli import app; assert 'torch' not in sys.modules, 'the command line imports torch at once'"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
