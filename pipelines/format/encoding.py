@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from pipelines.types import DatasetError, EncodedSample
 
 _EXIF_ORIENTATION = 0x0112
+_TURNED = range(2, 9)  # other values, 0 among them, are found in real photographs and mean nothing
 _KEPT = {"JPEG": ("jpg", {"RGB", "L"}), "PNG": ("png", {"RGB", "L"})}
 JPEG_QUALITY = 95
 MAX_SIDE = 65_535  # what the index can hold; Pillow itself refuses more than 179 million pixels
@@ -49,7 +50,7 @@ def prepare_sample(sample: EncodedSample) -> tuple[EncodedSample, int, int, bool
                     extension
                     and image.mode in modes
                     and "transparency" not in image.info
-                    and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+                    and image.getexif().get(_EXIF_ORIENTATION) not in _TURNED
                 )
                 if keep:
                     return _renamed(sample, sample.encoded, extension), height, width, False

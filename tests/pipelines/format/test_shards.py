@@ -163,6 +163,13 @@ class TestImages:
         split = write([(image_bytes(exif=exif), 0)], tmp_path / "out").split("train")
         assert (split.heights_N[0], split.widths_N[0]) == (40, 30)
 
+    @pytest.mark.parametrize("orientation", [0, 1, 99])
+    def test_exif_without_a_rotation_keeps_the_bytes(self, tmp_path: Path, orientation: int) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        encoded = image_bytes(exif=exif)
+        assert write([(encoded, 0)], tmp_path / "out").split("train").encoded(np.array([0]))[0].tobytes() == encoded
+
     @pytest.mark.parametrize(
         "broken",
         [b"", b"not an image", image_bytes()[:900], image_bytes("PNG")[:900], b"\xff\xd8\xff\xe0" + b"\0" * 50],
