@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bce3s.config import OptimizerConfig, TrainConfig
 from bce3s.device import Placement
 from bce3s.evaluate import channel_statistics
-from bce3s.losses import Loss, MixedTargets
+from bce3s.losses import Loss, LossInputs, MixedTargets
 from bce3s.models import Recogniser
 from pipelines.augment.mix import mix_views
 from pipelines.randomness import Purpose, derive_key
@@ -70,14 +70,15 @@ class TrainStep:
             views = views.contiguous()
         labels_B, partner_labels_B = batch.labels_S.chunk(2)
         with self.placement.autocast():
-            output = self.loss(
-                self._features(views),
-                MixedTargets(labels_B, partner_labels_B, batch.mix[0]),
-                MixedTargets(labels_B, partner_labels_B, batch.mix[1]),
-                self.model,
+            inputs = LossInputs(
+                features_VD=self._features(views),
+                mixup=MixedTargets(labels_B, partner_labels_B, batch.mix[0]),
+                cutmix=MixedTargets(labels_B, partner_labels_B, batch.mix[1]),
+                heads=self.model,
                 epoch=batch.epoch,
                 generator=self._generator,
             )
+            output = self.loss(inputs)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.total).backward()
         if config.optimizer.clip_norm:

@@ -92,18 +92,19 @@ def make_shards(
     options = WriteOptions(shard_bytes=parse_bytes(shard_bytes), on_error=on_error, overwrite=overwrite)
     console = Console()
     folder = out or Path("shards") / dataset
-    opened = open_dataset(
-        dataset,
-        DatasetOptions(
-            source=source,
-            imbalance_factor=imbalance_factor,
-            subset=subset,
-            seed=seed,
-            val_per_class=val_per_class,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-        ),
-    )
+    with console.status(f"opening {dataset}"):  # the demo set is drawn here, large folders are listed here
+        opened = open_dataset(
+            dataset,
+            DatasetOptions(
+                source=source,
+                imbalance_factor=imbalance_factor,
+                subset=subset,
+                seed=seed,
+                val_per_class=val_per_class,
+                val_fraction=val_fraction,
+                test_fraction=test_fraction,
+            ),
+        )
     total = sum(len(split.labels_N) for split in opened.splits.values())
     columns = (
         TextColumn("{task.description:>5}"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from bce3s.config import LossConfig
-from bce3s.losses.seam import Heads, Loss, LossOutput, MixedTargets
+from bce3s.losses.seam import Heads, Loss, LossInputs, LossOutput, MixedTargets
 from pipelines.config import require_choice
 
 LOSSES: dict[str, str] = {
@@ -18,7 +18,7 @@ LOSSES: dict[str, str] = {
     "ce": "bce3s.losses.ce:CELoss",
 }
 
-__all__ = ["LOSSES", "Heads", "Loss", "LossOutput", "MixedTargets", "build_loss"]
+__all__ = ["LOSSES", "Heads", "Loss", "LossInputs", "LossOutput", "MixedTargets", "build_loss"]
 
 
 def build_loss(config: LossConfig) -> Loss:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bce3s.config import LossConfig
-from bce3s.losses.seam import Heads, LossOutput, MixedTargets
+from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets
 
 
 def widened(values: Tensor) -> Tensor:
@@ -99,50 +99,43 @@ class BCE3SLoss:
         """Keeps the weights; the loss has no parameters of its own."""
         self.config = config
 
-    def __call__(
-        self,
-        features_VD: Tensor,
-        mixup: MixedTargets,
-        cutmix: MixedTargets,
-        heads: Heads,
-        *,
-        epoch: int,
-        generator: torch.Generator | None = None,
-        class_mask_K: Tensor | None = None,
-    ) -> LossOutput:
-        """See `Loss.__call__`; `class_mask_K`, bool [K], replaces the drawn class subset."""
-        config = self.config
-        logits_VK = heads.classifier(features_VD)
+    def __call__(self, inputs: LossInputs, class_mask_K: Tensor | None = None) -> LossOutput:
+        """See `Loss`; `class_mask_K`, bool [K], replaces the drawn class subset."""
+        config, classifier, labels_B = self.config, inputs.heads.classifier, inputs.mixup.labels_B
+        logits_VK = classifier(inputs.features_VD)
         source_BK, mixup_BK, cutmix_BK = logits_VK.chunk(3)
         if class_mask_K is None:
-            class_mask_K = draw_class_subset(mixup.labels_B, logits_VK.shape[1], config.negative_ratio, generator)
+            class_mask_K = draw_class_subset(labels_B, logits_VK.shape[1], config.negative_ratio, inputs.generator)
         joint = (
-            source_bce(source_BK, mixup.labels_B, class_mask_K, config.logit_clamp)
-            + mixed_bce(mixup_BK, mixup, config.logit_clamp)
-            + mixed_bce(cutmix_BK, cutmix, config.logit_clamp)
+            source_bce(source_BK, labels_B, class_mask_K, config.logit_clamp)
+            + mixed_bce(mixup_BK, inputs.mixup, config.logit_clamp)
+            + mixed_bce(cutmix_BK, inputs.cutmix, config.logit_clamp)
         ) / 3
         total, terms = joint, {"joint": joint.detach()}
         if config.uniform_weight:
-            uniform = uniform_bce(heads.classifier.normalized_weight())
+            uniform = uniform_bce(classifier.normalized_weight())
             total, terms["uniform"] = total + config.uniform_weight * uniform, uniform.detach()
-        if config.contrastive_weight:
-            contrastive = self._contrastive(features_VD, mixup, cutmix, heads, active=epoch >= config.contrastive_warmup_epochs)
-            if contrastive is not None:
-                total, terms["contrastive"] = total + config.contrastive_weight * contrastive, contrastive.detach()
+        if config.contrastive_weight and inputs.epoch < config.contrastive_warmup_epochs:
+            self._fill_memory(inputs)
+        elif config.contrastive_weight:
+            contrastive = self._contrastive(inputs)
+            total, terms["contrastive"] = total + config.contrastive_weight * contrastive, contrastive.detach()
         return LossOutput(total, terms)
 
-    def _contrastive(self, features_VD: Tensor, mixup: MixedTargets, cutmix: MixedTargets, heads: Heads, *, active: bool) -> Tensor | None:
-        config, memory = self.config, heads.feature_memory
-        num_sources = len(mixup.labels_B)
-        if not active:
-            with torch.no_grad():
-                memory.update(heads.projector(features_VD[:num_sources]), mixup.labels_B)
-            return None
-        source_BP, mixup_BP, cutmix_BP = heads.projector(features_VD).chunk(3)
-        # Clones: autograd still needs the old rows after the update writes them in place.
+    def _contrastive(self, inputs: LossInputs) -> Tensor:
+        """The term against the memory of the step before; the memory is updated afterwards."""
+        config, memory = self.config, inputs.heads.feature_memory
+        source_BP, mixup_BP, cutmix_BP = inputs.heads.projector(inputs.features_VD).chunk(3)
+        # Copies: autograd still needs the old rows after the update has written them in place.
         rows_KP, filled_K = memory.normalized(), memory.filled_K.clone()
-        term = contrastive_bce(mixup_BP, rows_KP, mixup, config.temperature, config.logit_clamp, filled_K) + contrastive_bce(
-            cutmix_BP, rows_KP, cutmix, config.temperature, config.logit_clamp, filled_K
+        term = contrastive_bce(mixup_BP, rows_KP, inputs.mixup, config.temperature, config.logit_clamp, filled_K) + contrastive_bce(
+            cutmix_BP, rows_KP, inputs.cutmix, config.temperature, config.logit_clamp, filled_K
         )
-        memory.update(source_BP.detach(), mixup.labels_B)
+        memory.update(source_BP.detach(), inputs.mixup.labels_B)
         return term
+
+    @staticmethod
+    @torch.no_grad()
+    def _fill_memory(inputs: LossInputs) -> None:
+        labels_B = inputs.mixup.labels_B
+        inputs.heads.feature_memory.update(inputs.heads.projector(inputs.features_VD[: len(labels_B)]), labels_B)

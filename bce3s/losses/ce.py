@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from bce3s.config import LossConfig
-from bce3s.losses.seam import Heads, LossOutput, MixedTargets
+from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets
 
 
 class CELoss:
@@ -17,18 +16,10 @@ class CELoss:
         """Takes no setting of `config`."""
         del config
 
-    def __call__(
-        self,
-        features_VD: Tensor,
-        mixup: MixedTargets,
-        cutmix: MixedTargets,
-        heads: Heads,
-        *,
-        epoch: int,
-        generator: torch.Generator | None = None,
-    ) -> LossOutput:
-        """See `Loss.__call__`."""
-        source_BK, mixup_BK, cutmix_BK = heads.classifier(features_VD).float().chunk(3)
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """See `Loss`."""
+        mixup, cutmix = inputs.mixup, inputs.cutmix
+        source_BK, mixup_BK, cutmix_BK = inputs.heads.classifier(inputs.features_VD).float().chunk(3)
         joint = (functional.cross_entropy(source_BK, mixup.labels_B) + mixed_ce(mixup_BK, mixup) + mixed_ce(cutmix_BK, cutmix)) / 3
         return LossOutput(joint, {"joint": joint.detach()})
 

@@ -22,12 +22,6 @@ class MixedTargets:
     partner_labels_B: Tensor
     lam: Tensor
 
-    def dense(self, num_classes: int) -> Tensor:
-        """float32 [B, K]: t written out, for losses that need every entry."""
-        target_BK = torch.zeros((len(self.labels_B), num_classes), device=self.labels_B.device)
-        target_BK.scatter_add_(1, self.labels_B[:, None], self.lam.expand(len(self.labels_B))[:, None])
-        return target_BK.scatter_add_(1, self.partner_labels_B[:, None], (1 - self.lam).expand(len(self.labels_B))[:, None])
-
 
 class LossOutput(NamedTuple):
     """`total`, float32 [], is what is differentiated; `terms` are detached float32 [] for the log, before their weights."""
@@ -89,27 +83,30 @@ class Heads(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """What one step hands to its loss.
+
+    Args:
+        features_VD: [3B, D], the views source, mixup and cutmix one after the other.
+        mixup: target of the mixup view; its `labels_B` are the labels of the source view.
+        cutmix: target of the cutmix view.
+        heads: of the model.
+        epoch: from 0.
+        generator: on the features' device, for losses that sample; None is torch's global one.
+    """
+
+    features_VD: Tensor
+    mixup: MixedTargets
+    cutmix: MixedTargets
+    heads: Heads
+    epoch: int
+    generator: torch.Generator | None = None
+
+
 class Loss(Protocol):
     """One method."""
 
-    def __call__(
-        self,
-        features_VD: Tensor,
-        mixup: MixedTargets,
-        cutmix: MixedTargets,
-        heads: Heads,
-        *,
-        epoch: int,
-        generator: torch.Generator | None = None,
-    ) -> LossOutput:
-        """The loss of one step.
-
-        Args:
-            features_VD: [3B, D], the views source, mixup and cutmix one after the other.
-            mixup: target of the mixup view; its `labels_B` are the labels of the source view.
-            cutmix: target of the cutmix view.
-            heads: of the model.
-            epoch: from 0.
-            generator: on the features' device, for losses that sample.
-        """
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """The loss of one step."""
         ...

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bce3s.config import LossConfig
-from bce3s.losses import MixedTargets
+from bce3s.losses import LossInputs, MixedTargets
 from bce3s.losses.bce3s import BCE3SLoss, contrastive_bce, mixed_bce, source_bce
 from bce3s.models import FeatureMemory, NormalizedClassifier, Projector
 
@@ -93,7 +93,8 @@ def load_case(name: str, dtype: torch.dtype) -> Case:
 
 
 def run(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
-    return case.loss(case.features, case.targets, case.targets, case.heads, epoch=0, class_mask_K=case.mask)
+    inputs = LossInputs(features_VD=case.features, mixup=case.targets, cutmix=case.targets, heads=case.heads, epoch=0)
+    return case.loss(inputs, class_mask_K=case.mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

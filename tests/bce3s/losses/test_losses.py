@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from bce3s.config import LossConfig
-from bce3s.losses import LOSSES, LossOutput, MixedTargets, build_loss
+from bce3s.losses import LOSSES, LossInputs, LossOutput, MixedTargets, build_loss
 from bce3s.losses.bce3s import contrastive_bce, draw_class_subset, mixed_bce, source_bce, uniform_bce
 from bce3s.losses.ce import mixed_ce
 from bce3s.models import FeatureMemory, NormalizedClassifier, Projector
@@ -28,13 +28,20 @@ def targets_for(labels: list[int], partners: list[int], lam: float) -> MixedTarg
     return MixedTargets(torch.tensor(labels), torch.tensor(partners), torch.tensor(lam))
 
 
+def dense(targets: MixedTargets, K: int) -> torch.Tensor:
+    """The soft target [B, K] written out."""
+    own, other = (functional.one_hot(labels, K).float() for labels in (targets.labels_B, targets.partner_labels_B))
+    return targets.lam * own + (1 - targets.lam) * other
+
+
 def run(name: str, K: int = 10, B: int = 6, epoch: int = 1, heads: Any = None, scale: float = 1.0) -> tuple[LossOutput, torch.Tensor]:
     heads = heads or heads_for(K)
     generator = torch.Generator().manual_seed(1)
     features = (scale * torch.randn(3 * B, 16, generator=generator)).requires_grad_()
     labels, partners = (torch.randint(0, K, (B,), generator=generator) for _ in range(2))
     targets = MixedTargets(labels, partners, torch.tensor(0.3))
-    return build_loss(LossConfig(name=name))(features, targets, targets, heads, epoch=epoch, generator=generator), features
+    inputs = LossInputs(features_VD=features, mixup=targets, cutmix=targets, heads=heads, epoch=epoch, generator=generator)
+    return build_loss(LossConfig(name=name))(inputs), features
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -91,7 +98,7 @@ def test_mixed_bce_equals_its_definition_over_a_dense_target(mix: tuple[list[int
     labels, partners, lam = mix
     z = torch.randn(len(labels), 7, generator=torch.Generator().manual_seed(seed)) * 3
     targets = targets_for(labels, partners[: len(labels)], lam)
-    t = targets.dense(7)
+    t = dense(targets, 7)
     expected = (t * functional.softplus(-z) + (t == 0) * functional.softplus(z)).sum(1).mean()
     torch.testing.assert_close(mixed_bce(z, targets), expected)
 
@@ -101,13 +108,13 @@ def test_mixed_ce_equals_torch_cross_entropy_with_probabilities(mix: tuple[list[
     labels, partners, lam = mix
     z = torch.randn(len(labels), 7, generator=torch.Generator().manual_seed(seed)) * 3
     targets = targets_for(labels, partners[: len(labels)], lam)
-    torch.testing.assert_close(mixed_ce(z, targets), functional.cross_entropy(z, targets.dense(7)))
+    torch.testing.assert_close(mixed_ce(z, targets), functional.cross_entropy(z, dense(targets, 7)))
 
 
 def test_mixed_bce_is_not_soft_target_bce() -> None:
     z = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     targets = targets_for([0, 1, 2, 3], [1, 2, 3, 4], 0.4)
-    soft = functional.binary_cross_entropy_with_logits(z, targets.dense(5), reduction="sum") / 4
+    soft = functional.binary_cross_entropy_with_logits(z, dense(targets, 5), reduction="sum") / 4
     assert abs(mixed_bce(z, targets) - soft) > 0.1
 
 
@@ -152,7 +159,7 @@ def test_classes_without_memory_are_left_out_of_the_contrastive_term() -> None:
     filled = torch.tensor([True, True, False, True, False])
     targets = targets_for([0, 2], [1, 1], 0.4)
     found = contrastive_bce(projections, rows, targets, 0.5, 64.0, filled)
-    s, t = functional.normalize(projections, dim=1) @ rows.T / 0.5, targets.dense(5)
+    s, t = functional.normalize(projections, dim=1) @ rows.T / 0.5, dense(targets, 5)
     terms = t * functional.softplus(-s) + (t == 0) * functional.softplus(s)
     torch.testing.assert_close(found, terms[:, filled].sum(1).mean())
 
