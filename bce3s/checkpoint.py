@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipelines.durable import replacing
 from pipelines.types import ConfigError, UserError
 
 CHECKPOINT_FORMAT = "bce3s-checkpoint"
@@ -18,36 +18,17 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to something else."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content`, or leaves it as it was."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Saves tensors and plain Python values.
 
     Raises:
         CheckpointError: the disk is full or read-only; an earlier checkpoint of that name still stands.
     """
-    temporary = path.with_name(path.name + ".partial")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             torch.save({"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot save {path}: {error}; what was there before still stands") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
-from pipelines.types import ConfigError, UserError
+from pipelines.datasets import DATASETS, shot_groups
+from pipelines.types import ConfigError, ShardError, UserError
 
 if TYPE_CHECKING:
     from bce3s.config import TrainConfig
@@ -28,7 +30,7 @@ def _root() -> None:
 
 @app.command("fast-train")
 def fast_train(
-    dataset: Annotated[str, typer.Option(help="Data set the shards were made from: demo, folder, cifar10-lt, cifar100-lt.")],
+    dataset: Annotated[str, typer.Option(help=f"Data set the shards were made from: {', '.join(DATASETS)}.")],
     shards: Annotated[Path | None, typer.Option(help="Shard folder; default shards/DATASET.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe to start from; default that of the data set.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/DATASET-LOSS-ARCH-sSEED.")] = None,
@@ -63,7 +65,6 @@ def _resolve(dataset: str, recipe: str | None, flags: dict[str, Any], settings: 
     from bce3s.config import override
     from bce3s.recipes import build_recipe
     from pipelines.config import require_choice
-    from pipelines.datasets import DATASETS
 
     require_choice("dataset", dataset, tuple(DATASETS))
     config = replace(build_recipe(recipe, dataset), dataset=dataset)
@@ -75,6 +76,8 @@ def _train(config: TrainConfig, shards: Path, out: Path, *, resume: bool, overwr
     from pipelines.format import open_shards
     from pipelines.loaders import choose_loader
 
+    if resume and overwrite:
+        raise ConfigError("--resume continues a run and --overwrite starts it anew: give one of them")
     console = Console()
     has_run = (out / LAST_CHECKPOINT).exists()
     if has_run and not (resume or overwrite):
@@ -92,6 +95,11 @@ def _train(config: TrainConfig, shards: Path, out: Path, *, resume: bool, overwr
             soft_wrap=True,
         )
         result = trainer.fit()
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted after epoch {trainer.state.epochs_done}: the same command with --resume continues there", soft_wrap=True
+        )
+        raise typer.Exit(130) from None
     finally:
         trainer.close()
     _print_result(console, trainer, result)
@@ -99,7 +107,6 @@ def _train(config: TrainConfig, shards: Path, out: Path, *, resume: bool, overwr
 
 def _print_result(console: Console, trainer: Trainer, result: RunResult) -> None:
     from bce3s.progress import accuracy_table
-    from pipelines.datasets import shot_groups
 
     rows = {
         "last epoch": result.last,
@@ -107,8 +114,8 @@ def _print_result(console: Console, trainer: Trainer, result: RunResult) -> None
         f"best epoch on {result.selection_split} ({result.best_epoch + 1})": result.best,
     }
     sizes = {name: int(members.sum()) for name, members in shot_groups(trainer.train_counts_K).items()}
-    caption = f"{sizes['many']} many-, {sizes['medium']} medium-, {sizes['few']} few-shot classes; {result.last.num_images:,} test images"
-    console.print(accuracy_table("test split", rows, caption))
+    caption = f"{sizes['many']} many-, {sizes['medium']} medium-, {sizes['few']} few-shot classes; {result.last.num_images:,} images"
+    console.print(accuracy_table(f"{result.report_split} split", rows, caption))
     console.print(f"{result.images_per_s:.0f} source images/s in training, data wait {result.data_wait_share:.0%}", highlight=False)
     console.print(f"run: {trainer.out}   evaluate again: bce3s evaluate {trainer.out}", highlight=False, soft_wrap=True)
 
@@ -142,29 +149,33 @@ def evaluate_run(
     path = run / f"{checkpoint}.pt"
     recorded = read_json(run / ENVIRONMENT_FILE)
     state = load_checkpoint(path, resolve_device(device))
-    opened = open_shards(shards or Path(recorded["shards"]))
+    folder = shards or Path(recorded["shards"])
+    if shards is None and not folder.is_dir():
+        raise ShardError(f"the shards of {run} are not at {folder} any more; name where they are with --shards")
+    opened = open_shards(folder)
     require_same_data(state, path, opened.dataset, opened.fingerprint, opened.root)
     config, placement, model = load_run(state, device)
     data = build_loader(opened, split, config.data, seed=config.seed, device=placement.device)
-    figures = evaluate(model, data, np.array(state["train_counts"]), config.data.augment, placement, flip_tta=True)
+    console = Console(stderr=json_output)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"evaluating {split}", total=data.num_steps)
+        counts_K, augment = np.array(state["train_counts"]), config.data.augment
+        figures = evaluate(model, data, counts_K, augment, placement, flip_tta=True, on_step=lambda: progress.advance(task))
     data.close()
     rows = {f"{checkpoint} epoch ({state['epochs_done']})": figures["plain"], f"{checkpoint} epoch, flip TTA": figures["flip_tta"]}
     if json_output:
         typer.echo(json.dumps({name: accuracy.to_dict() for name, accuracy in rows.items()}, indent=1))
     else:
-        Console().print(accuracy_table(f"{run}, {split} split", rows, f"{figures['plain'].num_images:,} images"))
+        console.print(accuracy_table(f"{run}, {split} split", rows, f"{figures['plain'].num_images:,} images"))
 
 
 def run_app(application: typer.Typer) -> None:
-    """Runs a command line; a `UserError` becomes one sentence on standard error and exit status 2, an interrupt status 130."""
+    """Runs a command line; a `UserError` becomes one sentence on standard error and exit status 2."""
     try:
         application()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; add --resume to the same command to continue", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
 
 
 def main() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
+import math
 import typing
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
 from pipelines.config import DataConfig, require, require_choice
 from pipelines.types import ConfigError
@@ -15,6 +15,8 @@ from pipelines.types import ConfigError
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SWITCHES = ("auto", "on", "off")
 SCHEDULES = ("step", "epoch")
+
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 ConfigT = TypeVar("ConfigT")
 
@@ -60,7 +62,10 @@ class LossConfig:
     contrastive_warmup_epochs: int = 1
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, f"temperature must be positive, not {self.temperature}")
+        for name in ("contrastive_weight", "uniform_weight"):
+            require(0 <= getattr(self, name) < math.inf, f"{name} cannot be negative or infinite, not {getattr(self, name)}")
+        require(self.contrastive_warmup_epochs >= 0, f"contrastive_warmup_epochs cannot be negative, not {self.contrastive_warmup_epochs}")
+        require(0 < self.temperature < math.inf, f"temperature must be positive, not {self.temperature}")
         require(0 < self.negative_ratio <= 1, f"negative_ratio must lie in (0, 1], not {self.negative_ratio}")
         require(self.logit_clamp > 0, f"logit_clamp must be positive, not {self.logit_clamp}")
 
@@ -88,7 +93,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_choice("schedule", self.schedule, SCHEDULES)
-        require(self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}")
+        require(0 < self.learning_rate < math.inf, f"learning_rate must be positive and finite, not {self.learning_rate}")
+        require(0 <= self.weight_decay < math.inf, f"weight_decay cannot be negative or infinite, not {self.weight_decay}")
+        require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), not {self.momentum}")
+        require(self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0")
         require(self.warmup_epochs >= 0, f"warmup_epochs cannot be negative, not {self.warmup_epochs}")
         require(self.clip_norm >= 0, f"clip_norm cannot be negative, not {self.clip_norm}")
 
@@ -100,7 +108,7 @@ class TrainConfig:
     Args:
         dataset: name the shards must have been made from.
         precision: "auto" is bf16 where the device has it in hardware, else fp32.
-        channels_last: "auto" is on; measured faster on CPU and GPU (benchmarks/cpu.md).
+        channels_last: "auto" is on: measured faster on a CPU (docs/log.md), not yet on a GPU.
         compile: torch.compile the network.
         device: "auto" is the first CUDA device, else the CPU.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
@@ -124,6 +132,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("channels_last", self.channels_last, SWITCHES)
+        require(0 <= self.seed < 1 << 63, f"seed must lie in [0, 2^63), not {self.seed}")
         for name in ("epochs", "eval_every", "log_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
 
@@ -160,12 +169,10 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if len(items) != len(item_kinds):
             raise ConfigError(f"{path} takes {len(item_kinds)} values, not {len(items)}")
         return tuple(_convert(item_kind, item, path) for item_kind, item in zip(item_kinds, items, strict=True))
-    if typing.get_origin(kind) in (Union, types.UnionType):
-        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} takes a {kind.__name__}, not {value!r}")
+        raise ConfigError(f"{path} takes {_KINDS[kind]}, not {value!r}")
     return value
 
 
@@ -186,6 +193,8 @@ def override(config: ConfigT, assignments: list[str]) -> ConfigT:
             target = target.get(group) if isinstance(target, dict) else None
         if not isinstance(target, dict) or name not in target:
             raise ConfigError(f"unknown setting '{path}'; known: {', '.join(_paths(values))}")
+        if isinstance(target[name], dict):
+            raise ConfigError(f"'{path}' is a group of settings; set one of {', '.join(_paths(target[name], path + '.'))}")
         target[name] = _parse(text, target[name])
     return from_dict(type(config), values)
 

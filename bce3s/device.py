@@ -56,6 +56,10 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise BackendError(f"device '{name}' asked for, but torch {torch.__version__} sees no CUDA device; take --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise BackendError(f"device '{name}' asked for, but there are only {torch.cuda.device_count()} CUDA devices, counted from 0")
+        # Pinned memory belongs to the current device's context; without this it would open one on device 0 as well.
+        torch.cuda.set_device(device.index or 0)
         return torch.device("cuda", device.index or 0)
     return device
 

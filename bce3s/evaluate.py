@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bce3s.device import Placement
 from bce3s.metrics import Accuracy, accuracy_from_counts
-from pipelines.augment.mix import normalise
+from pipelines.augment.mix import channel_statistics, normalise
 from pipelines.config import AugmentConfig
 from pipelines.types import IntArray, Loader
-
-
-def channel_statistics(augment: AugmentConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and std, float32 [3], on the scale 0…255."""
-    return torch.tensor(augment.mean, device=device) * 255.0, torch.tensor(augment.std, device=device) * 255.0
 
 
 @torch.inference_mode()
@@ -54,7 +49,8 @@ def evaluate(
             logits = {"plain": model(images).float()}
             if flip_tta:
                 logits["flip_tta"] = logits["plain"] + model(images.flip(3)).float()
-        total_K += torch.bincount(batch.labels_S, minlength=num_classes)
+        # bincount would ask the device for the largest label and wait for the answer.
+        total_K.scatter_add_(0, batch.labels_S, torch.ones_like(batch.labels_S))
         for name, logits_BK in logits.items():
             right_B = (logits_BK.argmax(1) == batch.labels_S).to(torch.int64)
             correct[name].scatter_add_(0, batch.labels_S, right_B)

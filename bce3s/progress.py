@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -12,13 +14,15 @@ from rich.table import Table
 
 from bce3s.metrics import Accuracy, format_percent
 
+SHOWN_TERMS = ("total", "joint", "contrastive", "uniform")
+
 
 class TrainingProgress:
     """Progress of all epochs in one bar: epoch, images/s, data-wait share, loss terms, last accuracy, time left."""
 
     def __init__(self, console: Console, epochs: int, num_steps: int, first_epoch: int) -> None:
         """Shows nothing until entered."""
-        self._console, self._epochs, self._num_steps = console, epochs, num_steps
+        self._console, self._epochs, self._first_epoch = console, epochs, first_epoch
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -47,12 +51,17 @@ class TrainingProgress:
 
     def show_rates(self, images_per_s: float, data_wait_share: float, terms: dict[str, float]) -> None:
         """Means since the last call."""
-        losses = " ".join(f"{name} {value:.2f}" for name, value in terms.items())
+        losses = " ".join(f"{name} {terms[name]:.2f}" for name in SHOWN_TERMS if name in terms)
         self._progress.update(self._task, rates=f"{images_per_s:.0f} images/s, data wait {data_wait_share:.0%}, {losses}")
 
-    def show_activity(self, text: str) -> None:
-        """What happens between epochs, such as an evaluation."""
-        self._progress.update(self._task, description=text)
+    @contextmanager
+    def activity(self, text: str, num_steps: int) -> Iterator[Callable[[], None]]:
+        """A second bar for what happens between epochs, such as an evaluation; yields the function that advances it."""
+        task = self._progress.add_task(text, total=num_steps, rates="")
+        try:
+            yield lambda: self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
 
     def show_epoch(self, epoch: int, line: dict[str, Any], accuracy: Accuracy | None) -> None:
         """A line that stays, above the bar."""
@@ -61,14 +70,14 @@ class TrainingProgress:
         if accuracy is not None:
             parts += [f"{name} {format_percent(value)}" for name, value in accuracy.headline().items() if name != "balanced"]
         if not self._console.is_terminal:
-            left_s = (time.perf_counter() - self._started_s) / max(1, line["epochs_done_here"]) * (self._epochs - epoch - 1)
+            left_s = (time.perf_counter() - self._started_s) / (epoch + 1 - self._first_epoch) * (self._epochs - epoch - 1)
             parts.append(f"{left_s:.0f} s left")
         self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
 
-def accuracy_table(title: str, rows: dict[str, Accuracy], train_counts_text: str = "") -> Table:
+def accuracy_table(title: str, rows: dict[str, Accuracy], caption: str) -> Table:
     """Accuracies by shot group, one row a measurement; the first row is the headline."""
-    table = Table(title=title, caption=train_counts_text or None, title_justify="left", caption_justify="left")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.add_column("top-1 accuracy, %")
     for name in ("all", "many", "medium", "few"):
         table.add_column(name, justify="right")

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipelines.durable import write_atomically
 from pipelines.types import UserError
 
 CONFIG_FILE = "config.json"
@@ -15,26 +16,22 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Appends to metrics.jsonl; each line stands on disk before the next step of the loop that wrote it.
+    """Appends to metrics.jsonl, line by line.
 
     Lines have a "kind": "step" (means since the line before), "epoch" (accuracies) or "summary".
     """
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
         """Opens the log of `folder`; lines of `first_epoch` and later, left by a run that died, are dropped."""
-        self._path = folder / METRICS_FILE
-        kept = (
-            [line for line in read_metrics(folder) if line.get("epoch", 0) < first_epoch and line["kind"] != "summary"]
-            if first_epoch
-            else []
-        )
-        self._file = self._path.open("w", encoding="utf-8")
-        for line in kept:
-            self.write(line)
+        path = folder / METRICS_FILE
+        kept = read_metrics(folder) if first_epoch else []
+        kept = [line for line in kept if line.get("epoch", first_epoch) < first_epoch]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line."""
-        self._file.write(json.dumps(line, allow_nan=True) + "\n")
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
     def __enter__(self) -> RunLog:

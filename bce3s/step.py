@@ -3,45 +3,48 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bce3s.config import OptimizerConfig, TrainConfig
 from bce3s.device import Placement
-from bce3s.evaluate import channel_statistics
 from bce3s.losses import Loss, LossInputs, MixedTargets
 from bce3s.models import Recogniser
-from pipelines.augment.mix import mix_views
+from pipelines.augment.mix import channel_statistics, mix_views
 from pipelines.randomness import Purpose, derive_key
 from pipelines.types import Batch
 
 
 def learning_rate_at(config: OptimizerConfig, epochs: int, progress: float) -> float:
-    """The rate at `progress` epochs: linear warm-up, then a half cosine to 0 at `epochs`.
+    """The rate at `progress` epochs: linear warm-up over at most half of the epochs, then a half cosine to 0 at `epochs`.
 
     With `schedule` "epoch" the rate is constant within an epoch, as in the reference, which also steps its schedule before the first
-    epoch (traps.md A7: its last epoch runs at rate 0); here epoch e runs at the rate of its start.
+    epoch (traps.md A7: its last epoch runs at rate 0); here epoch e runs at the rate of its start, and warm-up at that of its end.
     """
+    warmup = min(config.warmup_epochs, epochs / 2)
     if config.schedule == "epoch":
         progress = math.floor(progress)
-    if progress < config.warmup_epochs:
-        return config.learning_rate * progress / config.warmup_epochs
-    share = (progress - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-9)
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+        if progress < warmup:
+            return config.learning_rate * min(1.0, (progress + 1) / warmup)
+    if progress < warmup:
+        return config.learning_rate * progress / warmup
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (progress - warmup) / (epochs - warmup))))
 
 
-def build_optimizer(model: Recogniser, config: OptimizerConfig) -> torch.optim.SGD:
-    """Fused SGD; norms and biases in groups of their own if they are spared weight decay, the projector always."""
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        decays = config.decay_norm_and_bias or parameter.ndim > 1
-        # The projector gets its first gradient an epoch later than the rest, and a fused group wants all its momenta at once.
-        key = (name.startswith("projector."), decays)
-        group = groups.setdefault(key, {"params": [], "weight_decay": config.weight_decay if decays else 0.0})
-        group["params"].append(parameter)
-    return torch.optim.SGD(list(groups.values()), lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
+    """Fused SGD; norms and biases in a group of their own if they are spared weight decay."""
+    spared = [] if config.decay_norm_and_bias else [p for p in model.parameters() if p.ndim <= 1]
+    decayed = [p for p in model.parameters() if config.decay_norm_and_bias or p.ndim > 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if config.momentum:
+        # Momenta start as zeros instead of with the first gradient, which is the same step. The fused kernel wants all of a group at once,
+        # the projector joins an epoch late, and a first step that fp16's scaler skips would leave torch's own ones uninitialised.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class TrainStep:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,20 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bce3s.checkpoint import load_checkpoint, require_same_data, save_checkpoint, write_atomically
+from bce3s.checkpoint import load_checkpoint, require_same_data, save_checkpoint
 from bce3s.config import TrainConfig, from_dict, to_json
-from bce3s.device import Placement, environment, resolve_placement
+from bce3s.device import Placement, environment, resolve_device, resolve_placement
 from bce3s.evaluate import evaluate
 from bce3s.losses import build_loss
 from bce3s.metrics import Accuracy
 from bce3s.models import Recogniser, build_recogniser
 from bce3s.progress import TrainingProgress
-from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog
+from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog, read_metrics
 from bce3s.step import TrainStep
+from pipelines.durable import write_atomically
 from pipelines.format import ShardSet
 from pipelines.loaders import PlannedLoader, build_loader
-from pipelines.types import ConfigError
+from pipelines.types import ConfigError, UserError
 
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last.pt", "best.pt"
 # Settings that may differ between a run and its continuation: they change where or how it runs, not what it computes.
@@ -42,15 +45,29 @@ class RunState:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """The end of a run; `last` and `last_flip_tta` are measured on the test split after the last epoch."""
+    """The end of a run.
+
+    Args:
+        last: after the last epoch, without test-time augmentation: the headline.
+        last_flip_tta: the same weights with flip test-time augmentation.
+        best: of the checkpoint that was best on `selection_split`, after epoch `best_epoch` (from 0).
+        report_split: where the three were measured: "test", or "val" where there is no test split.
+        images_per_s: source images in training, median over the run's epochs.
+        data_wait_share: of training time, median over the run's epochs.
+    """
 
     last: Accuracy
     last_flip_tta: Accuracy
     best: Accuracy
     best_epoch: int
     selection_split: str
+    report_split: str
     images_per_s: float
     data_wait_share: float
+
+
+class TrainingError(UserError):
+    """Training cannot go on; the checkpoint before still stands."""
 
 
 class TermMeans:
@@ -95,41 +112,69 @@ class Trainer:
         self.config, self.shards, self.out, self.console = config, shards, out, console
         self.placement: Placement = resolve_placement(config)
         self.train_counts_K = shards.class_counts("train")
+        self.report_split = next((split for split in ("test", "val") if shards.num_samples(split)), "")
+        if not self.report_split:
+            raise ConfigError(f"{shards.root} has neither test nor val images to evaluate on; make shards that have")
+        self.selection_split = "val" if shards.num_samples("val") else self.report_split
         self.model = build_model(config, len(shards.class_names), self.placement)
-        self.step = TrainStep(self.model, build_loss(config.loss), config, self.placement)
-        self.train_loader = self._loader("train")
-        self.test_loader = self._loader("test")
-        self.selection_split = "val" if shards.num_samples("val") else "test"
-        self.selection_loader = self._loader("val") if self.selection_split == "val" else self.test_loader
+        self.loss = build_loss(config.loss, torch.from_numpy(self.train_counts_K).to(self.placement.device))
+        self.step = TrainStep(self.model, self.loss, config, self.placement)
+        with console.status("opening shards"):
+            self.loaders = {split: self._loader(split) for split in dict.fromkeys(("train", self.selection_split, self.report_split))}
         self.state = RunState()
 
     def _loader(self, split: str) -> PlannedLoader:
         return build_loader(self.shards, split, self.config.data, seed=self.config.seed, device=self.placement.device)
 
     def fit(self) -> RunResult:
-        """Trains from the reached epoch to the last, then evaluates on test with and without flip TTA."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out / CONFIG_FILE, to_json(self.config).encode())
-        record = {**environment(self.placement.device), "precision": self.placement.precision, "shards": str(self.shards.root.resolve())}
-        write_atomically(self.out / ENVIRONMENT_FILE, json.dumps(record, indent=1).encode())
+        """Trains from the reached epoch to the last, then evaluates with and without flip TTA.
+
+        Raises:
+            TrainingError: a loss that is not finite, no device memory, or a disk that cannot be written.
+        """
+        try:
+            return self._fit()
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write to {self.out}: {error.strerror or error}; mend that, then add --resume to continue"
+            ) from error
+        except torch.OutOfMemoryError:
+            batch_size = self.config.data.batch_size
+            raise TrainingError(
+                f"{self.placement.device} ran out of memory at batch size {batch_size}; take a smaller --batch-size"
+            ) from None
+
+    def _fit(self) -> RunResult:
         first_epoch = self.state.epochs_done
-        epoch_lines: list[dict[str, Any]] = []
-        with (
-            RunLog(self.out, first_epoch) as log,
-            TrainingProgress(self.console, self.config.epochs, self.train_loader.num_steps, first_epoch) as progress,
-        ):
+        self._write_record()
+        if not first_epoch:
+            for name in (LAST_CHECKPOINT, BEST_CHECKPOINT):
+                (self.out / name).unlink(missing_ok=True)  # of a run that is being overwritten
+        num_steps = self.loaders["train"].num_steps
+        with RunLog(self.out, first_epoch) as log, TrainingProgress(self.console, self.config.epochs, num_steps, first_epoch) as progress:
             for epoch in range(first_epoch, self.config.epochs):
                 line = self._train_epoch(epoch, log, progress)
-                line["epochs_done_here"] = epoch - first_epoch + 1
-                accuracy = self._evaluate_epoch(epoch, progress)
+                accuracy = None
+                if (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs:
+                    accuracy = self._evaluate(self.selection_split, progress)["plain"]
                 log.write({"kind": "epoch", **line, "split": self.selection_split, **(accuracy.headline() if accuracy else {})})
                 progress.show_epoch(epoch, line, accuracy)
-                epoch_lines.append(line)
                 self._save(epoch, accuracy)
-            progress.show_activity("testing")
-            result = self._final_result(epoch_lines)
+            result = self._final_result(progress)
             log.write({"kind": "summary", **summary(result)})
         return result
+
+    def _write_record(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out / CONFIG_FILE, to_json(self.config).encode())
+        record = {
+            **environment(self.placement.device),
+            "precision": self.placement.precision,
+            "shards": str(self.shards.root.resolve()),
+            "fingerprint": self.shards.fingerprint,
+            "loss_floors": self.loss.floors(len(self.train_counts_K)),
+        }
+        write_atomically(self.out / ENVIRONMENT_FILE, json.dumps(record, indent=1).encode())
 
     def _train_epoch(self, epoch: int, log: RunLog, progress: TrainingProgress) -> dict[str, Any]:
         """One pass over the instance stream; returns the epoch's log line."""
@@ -138,27 +183,27 @@ class Trainer:
         started_s = logged_s = time.perf_counter()
         wait_s = logged_wait_s = 0.0
         num_images = logged_images = 0
-        batches = iter(self.train_loader.epoch(epoch))
+        batches = iter(self.loaders["train"].epoch(epoch))
         while True:
             asked_s = time.perf_counter()
             batch = next(batches, None)
             wait_s += time.perf_counter() - asked_s
             if batch is None:
                 break
-            terms = self.step(batch, self.train_loader.num_steps)
+            terms = self.step(batch, self.loaders["train"].num_steps)
             means.add(terms)
             epoch_means.add(terms)
             num_images += batch.num_sources
             progress.advance(epoch)
             if (batch.step + 1) % self.config.log_every == 0:
-                values = means.read()
+                values = self._finite(means.read(), epoch)
                 now_s = time.perf_counter()
                 elapsed_s = now_s - logged_s
                 rates = {"images_per_s": (num_images - logged_images) / elapsed_s, "data_wait_share": (wait_s - logged_wait_s) / elapsed_s}
                 log.write({"kind": "step", "epoch": epoch, "step": batch.step, **rates, **values})
                 progress.show_rates(rates["images_per_s"], rates["data_wait_share"], values)
                 logged_s, logged_wait_s, logged_images = now_s, wait_s, num_images
-        values = epoch_means.read()
+        values = self._finite(epoch_means.read(), epoch)
         elapsed_s = time.perf_counter() - started_s
         return {
             "epoch": epoch,
@@ -168,11 +213,24 @@ class Trainer:
             **values,
         }
 
-    def _evaluate_epoch(self, epoch: int, progress: TrainingProgress) -> Accuracy | None:
-        if (epoch + 1) % self.config.eval_every and epoch + 1 != self.config.epochs:
-            return None
-        progress.show_activity(f"evaluating {self.selection_split}")
-        return evaluate(self.model, self.selection_loader, self.train_counts_K, self.config.data.augment, self.placement)["plain"]
+    def _finite(self, values: dict[str, float], epoch: int) -> dict[str, float]:
+        """`values`, or an error before anything of a broken model is saved."""
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            saved = (
+                f"{self.out / LAST_CHECKPOINT} holds epoch {self.state.epochs_done}" if self.state.epochs_done else "nothing was saved yet"
+            )
+            raise TrainingError(
+                f"the loss ({', '.join(broken)}) is not finite in epoch {epoch + 1}; {saved}; lower --lr or raise the warm-up"
+            )
+        return values
+
+    def _evaluate(self, split: str, progress: TrainingProgress, *, flip_tta: bool = False) -> dict[str, Accuracy]:
+        loader = self.loaders[split]
+        with progress.activity(f"evaluating {split}", loader.num_steps) as advance:
+            return evaluate(
+                self.model, loader, self.train_counts_K, self.config.data.augment, self.placement, flip_tta=flip_tta, on_step=advance
+            )
 
     def _save(self, epoch: int, accuracy: Accuracy | None) -> None:
         self.state.epochs_done = epoch + 1
@@ -182,26 +240,23 @@ class Trainer:
             save_checkpoint(self.out / BEST_CHECKPOINT, self.state_dict())
         save_checkpoint(self.out / LAST_CHECKPOINT, self.state_dict())
 
-    def _final_result(self, epoch_lines: list[dict[str, Any]]) -> RunResult:
-        augment = self.config.data.augment
-        last = evaluate(self.model, self.test_loader, self.train_counts_K, augment, self.placement, flip_tta=True)
+    def _final_result(self, progress: TrainingProgress) -> RunResult:
+        last = self._evaluate(self.report_split, progress, flip_tta=True)
         best_state = load_checkpoint(self.out / BEST_CHECKPOINT, self.placement.device)
         last_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(best_state["model"])
-        best = evaluate(self.model, self.test_loader, self.train_counts_K, augment, self.placement)["plain"]
+        best = self._evaluate(self.report_split, progress)["plain"]
         self.model.load_state_dict(last_weights)
-        train_s = sum(line["train_s"] for line in epoch_lines)
-        # The first epoch of a process pays for compilation and for memory that grows; it is left out where there is another.
-        steady = epoch_lines[1:] or epoch_lines
-        steady_s = sum(line["train_s"] for line in steady) or 1.0
+        epochs = [line for line in read_metrics(self.out) if line["kind"] == "epoch"]
         return RunResult(
             last=last["plain"],
             last_flip_tta=last["flip_tta"],
             best=best,
             best_epoch=self.state.best_epoch,
             selection_split=self.selection_split,
-            images_per_s=sum(line["images_per_s"] * line["train_s"] for line in steady) / steady_s,
-            data_wait_share=sum(line["data_wait_share"] * line["train_s"] for line in epoch_lines) / (train_s or 1.0),
+            report_split=self.report_split,
+            images_per_s=statistics.median(line["images_per_s"] for line in epochs),
+            data_wait_share=statistics.median(line["data_wait_share"] for line in epochs),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,6 +269,7 @@ class Trainer:
             "best_accuracy": self.state.best_accuracy,
             "best_epoch": self.state.best_epoch,
             "config": to_json(self.config),
+            "precision": self.placement.precision,
             "dataset": self.shards.dataset,
             "fingerprint": self.shards.fingerprint,
             "class_names": list(self.shards.class_names),
@@ -231,6 +287,11 @@ class Trainer:
         state = load_checkpoint(path, self.placement.device)
         require_same_data(state, path, self.shards.dataset, self.shards.fingerprint, self.shards.root)
         _require_same_config(json.loads(state["config"]), json.loads(to_json(self.config)), path)
+        if state["precision"] != self.placement.precision:
+            raise ConfigError(
+                f"{path} was trained in {state['precision']}, and this device would continue in {self.placement.precision}; "
+                f"add --precision {state['precision']} where it is supported, or choose another --out"
+            )
         self.model.load_state_dict(state["model"])
         self.step.optimizer.load_state_dict(state["optimizer"])
         self.step.scaler.load_state_dict(state["scaler"])
@@ -239,7 +300,7 @@ class Trainer:
 
     def close(self) -> None:
         """Frees the loaders."""
-        for loader in {id(x): x for x in (self.train_loader, self.test_loader, self.selection_loader)}.values():
+        for loader in self.loaders.values():
             loader.close()
 
 
@@ -253,8 +314,11 @@ def build_model(config: TrainConfig, num_classes: int, placement: Placement) -> 
 
 
 def load_run(state: dict[str, Any], device: str) -> tuple[TrainConfig, Placement, Recogniser]:
-    """The config, placement and trained network of a checkpoint, on `device` ("auto" chooses)."""
+    """The config, placement and trained network of a checkpoint, on `device` ("auto" chooses); an fp16 run is read as fp32 on a CPU."""
     config = from_dict(TrainConfig, {**json.loads(state["config"]), "device": device})
+    config = replace(config, model=replace(config.model, pretrained=""))  # the checkpoint holds every weight
+    if config.precision == "fp16" and resolve_device(device).type == "cpu":
+        config = replace(config, precision="fp32")
     placement = resolve_placement(config)
     model = build_model(config, len(state["class_names"]), placement)
     model.load_state_dict(state["model"])
@@ -267,6 +331,7 @@ def summary(result: RunResult) -> dict[str, Any]:
         "last_epoch_no_tta": result.last.to_dict(),
         "last_epoch_flip_tta": result.last_flip_tta.headline(),
         f"best_on_{result.selection_split}_no_tta": {**result.best.headline(), "epoch": result.best_epoch},
+        "split": result.report_split,
         "images_per_s": result.images_per_s,
         "data_wait_share": result.data_wait_share,
     }

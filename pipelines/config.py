@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
 
 from pipelines.types import ConfigError
 
-Sampling = Literal["power", "instance", "square-root", "class-balanced", "effective-number", "progressive"]
 SAMPLINGS: tuple[str, ...] = ("power", "instance", "square-root", "class-balanced", "effective-number", "progressive")
 DRAWS: tuple[str, ...] = ("independent", "systematic")
 CROPS: tuple[str, ...] = ("none", "pad", "resized")
@@ -51,6 +50,7 @@ class OrderConfig:
         require_choice("sampling", self.sampling, SAMPLINGS)
         require_choice("draw", self.draw, DRAWS)
         require(0.0 <= self.effective_number_beta < 1.0, f"effective_number_beta must lie in [0, 1), not {self.effective_number_beta}")
+        require(math.isfinite(self.resample_exponent), f"resample_exponent must be a number, not {self.resample_exponent}")
         require(self.progressive_epochs >= 1, f"progressive_epochs must be at least 1, not {self.progressive_epochs}")
 
 
@@ -103,7 +103,7 @@ class DataConfig:
         batch_size: source images a step over all ranks; a training step decodes twice as many.
         image_size: side in pixels of what the network sees.
         num_threads: decoding threads a rank; 0 is one per core.
-        prefetch_batches: batches decoded ahead.
+        prefetch_batches: batches decoded ahead while a step runs.
     """
 
     loader: str = "auto"

@@ -1,7 +1,7 @@
 """Counter-based random numbers: every draw is a pure function of a key, so worker count, backend and resume cannot change it.
 
 A key is 64 bits, made from (seed, epoch, stream, purpose, position). The mixer is SplitMix64's finaliser
-(Steele, Lea and Flood 2014), the same on every platform and library version; numpy's own generators are not used for that reason.
+(Steele, Lea and Flood 2014), the same on every platform and library version, and cheap for one key as for a million.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ class Purpose(enum.IntEnum):
     CLASS_SUBSET = 6
     SYNTHETIC = 7
     SHARD_ORDER = 8
-    SPLIT = 9
 
 
 def _mix(value: int) -> int:

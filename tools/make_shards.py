@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bce3s.cli import run_app
 from pipelines.config import require_choice
-from pipelines.datasets import DATASETS, DatasetOptions, class_counts, open_dataset, shot_groups
+from pipelines.datasets import DATASETS, DatasetOptions, open_dataset, shot_groups
 from pipelines.format import WriteOptions, WriteReport, write_shards
 from pipelines.randomness import Purpose, derive_key, permutation
 from pipelines.types import SPLITS, ConfigError, IntArray, OpenDataset
@@ -37,7 +37,7 @@ def parse_bytes(text: str) -> int:
     unit = unit if unit in _UNITS else unit.removesuffix("b")
     try:
         return int(float(digits) * _UNITS[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise ConfigError(f"'{text}' is not a size; write bytes or a number with a unit, such as 256MiB or 1G") from None
 
 
@@ -48,15 +48,21 @@ def write_orders(dataset: OpenDataset, seed: int) -> dict[str, IntArray]:
     return orders
 
 
+def _require_apart(source: Path | None, out: Path) -> None:
+    """Neither of both folders may lie in the other: --overwrite removes one of them."""
+    if source is not None and (source.resolve() in (out.resolve(), *out.resolve().parents) or out.resolve() in source.resolve().parents):
+        raise ConfigError(f"--out {out} and --source {source} lie in one another; choose another --out")
+
+
 def print_report(console: Console, dataset: OpenDataset, report: WriteReport, out: Path) -> None:
     """A table of the splits, then what was re-encoded and skipped."""
-    counts_K = class_counts(dataset.splits["train"].labels_N, len(dataset.class_names))
+    counts_K = report.class_counts["train"]
     filled_K = counts_K[counts_K > 0]
     table = Table(title=f"{dataset.name}: {len(dataset.class_names)} classes", title_justify="left")
     for column in ("split", "images"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for name in SPLITS:
-        table.add_row(name, f"{report.num_samples[name]:,}")
+        table.add_row(name, f"{int(report.class_counts[name].sum()):,}")
     console.print(table)
     groups = ", ".join(f"{int(members.sum())} {name}" for name, members in shot_groups(counts_K).items())
     factor = filled_K.max() / filled_K.min()
@@ -91,6 +97,7 @@ def make_shards(
     require_choice("dataset", dataset, tuple(DATASETS))
     options = WriteOptions(shard_bytes=parse_bytes(shard_bytes), on_error=on_error, overwrite=overwrite)
     console = Console()
+    _require_apart(source, out or Path("shards") / dataset)
     folder = out or Path("shards") / dataset
     with console.status(f"opening {dataset}"):  # the demo set is drawn here, large folders are listed here
         opened = open_dataset(

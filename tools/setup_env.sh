@@ -26,8 +26,17 @@ require_python() {
         die "bce3s needs Python 3.10 or newer and '$python' does not run: sudo apt-get install -y python3 python3-venv"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         die "bce3s needs Python 3.10 or newer and '$python' is $version: name a newer one, as in 'make PYTHON=python3.12 …'"
-    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-        die "'$python' cannot create virtual environments yet: sudo apt-get install -y ${python##*/}-venv"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || install_venv
+}
+
+# Debian's python3 leaves ensurepip to a package of its own; as root it is simply installed.
+install_venv() {
+    local package=${python##*/}-venv
+    if ((EUID == 0)) && command -v apt-get >/dev/null; then
+        say "Installing $package, without which '$python' cannot create virtual environments …"
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$package" >/dev/null && return
+    fi
+    die "'$python' cannot create virtual environments yet: sudo apt-get install -y $package"
 }
 
 runs() { .venv/bin/python -c 'import pip' 2>/dev/null; }

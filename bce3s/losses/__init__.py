@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from torch import Tensor
+
 from bce3s.config import LossConfig
 from bce3s.losses.seam import Heads, Loss, LossInputs, LossOutput, MixedTargets
 from pipelines.config import require_choice
@@ -21,13 +23,17 @@ LOSSES: dict[str, str] = {
 __all__ = ["LOSSES", "Heads", "Loss", "LossInputs", "LossOutput", "MixedTargets", "build_loss"]
 
 
-def build_loss(config: LossConfig) -> Loss:
+def build_loss(config: LossConfig, class_counts_K: Tensor) -> Loss:
     """Builds the loss `config.name` names.
+
+    Args:
+        config: name and weights.
+        class_counts_K: int64 [K], training images a class, on the device of the run.
 
     Raises:
         ConfigError: unknown name; lists the known ones.
     """
     require_choice("loss", config.name, tuple(LOSSES))
     module_name, class_name = LOSSES[config.name].split(":")
-    loss: Loss = getattr(import_module(module_name), class_name)(config)
+    loss: Loss = getattr(import_module(module_name), class_name)(config, class_counts_K)
     return loss

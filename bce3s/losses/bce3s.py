@@ -6,6 +6,8 @@ so no [B, K] target is made. Nothing is read back from the device.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -95,9 +97,16 @@ class BCE3SLoss:
     `contrastive_warmup_epochs` it is only filled.
     """
 
-    def __init__(self, config: LossConfig) -> None:
-        """Keeps the weights; the loss has no parameters of its own."""
+    def __init__(self, config: LossConfig, class_counts_K: Tensor) -> None:
+        """Keeps the weights; neither parameters nor the class counts are needed."""
+        del class_counts_K
         self.config = config
+
+    def floors(self, num_classes: int) -> dict[str, float]:
+        """The uniform term's value at the simplex, where all cosines are −1/(K−1): about K·log 2, a constant that dominates the sum."""
+        if not self.config.uniform_weight or num_classes < 2:
+            return {}
+        return {"uniform": math.log1p(math.exp(-1.0)) + (num_classes - 1) * math.log1p(math.exp(-1.0 / (num_classes - 1)))}
 
     def __call__(self, inputs: LossInputs, class_mask_K: Tensor | None = None) -> LossOutput:
         """See `Loss`; `class_mask_K`, bool [K], replaces the drawn class subset."""
@@ -111,7 +120,7 @@ class BCE3SLoss:
             + mixed_bce(mixup_BK, inputs.mixup, config.logit_clamp)
             + mixed_bce(cutmix_BK, inputs.cutmix, config.logit_clamp)
         ) / 3
-        total, terms = joint, {"joint": joint.detach()}
+        total, terms = joint, {"joint": joint.detach(), "class_subset_size": class_mask_K.sum().to(joint.dtype)}
         if config.uniform_weight:
             uniform = uniform_bce(classifier.normalized_weight())
             total, terms["uniform"] = total + config.uniform_weight * uniform, uniform.detach()

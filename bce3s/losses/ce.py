@@ -12,9 +12,13 @@ from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets
 class CELoss:
     """Mean of the cross-entropies of the source view and, with soft targets, of the mixed views."""
 
-    def __init__(self, config: LossConfig) -> None:
-        """Takes no setting of `config`."""
-        del config
+    def __init__(self, config: LossConfig, class_counts_K: Tensor) -> None:
+        """Needs neither."""
+        del config, class_counts_K
+
+    def floors(self, num_classes: int) -> dict[str, float]:
+        """See `Loss`."""
+        return {}
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """See `Loss`."""

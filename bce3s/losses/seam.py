@@ -107,6 +107,10 @@ class LossInputs:
 class Loss(Protocol):
     """One method."""
 
+    def floors(self, num_classes: int) -> dict[str, float]:
+        """The least value each term can reach at K classes, where it is known and not 0; sums over classes have large ones."""
+        ...
+
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """The loss of one step."""
         ...

@@ -80,6 +80,8 @@ class FeatureMemory(nn.Module):
         last_K = torch.full_like(self.filled_K, -1, dtype=torch.int64).scatter_reduce_(0, labels_B, positions_B, reduce="amax")
         present_K = last_K >= 0
         candidates_KP = projections_BP.index_select(0, last_K.clamp_min(0)).to(self.rows_KP.dtype)
+        # An overflow in fp16 skips the optimizer's step; it must not stay in the memory either, to poison every later loss.
+        present_K = present_K & candidates_KP.isfinite().all(1)
         self.rows_KP.copy_(torch.where(present_K[:, None], candidates_KP, self.rows_KP))
         self.filled_K.logical_or_(present_K)
 

@@ -73,13 +73,9 @@ def draw_windows(
     if config.crop == "resized":
         windows_S4 = _resized_windows(draws_S[:, 1:].reshape(len(keys_S), _ATTEMPTS, 4), heights_S, widths_S, config)
     elif config.crop == "pad":
-        # A stored image smaller than the crop is centred in it and then shifted by up to `padding`.
-        slack_y_S = heights_S + 2 * config.padding - image_size
-        slack_x_S = widths_S + 2 * config.padding - image_size
-        y_S = np.floor(draws_S[:, 1] * (np.abs(slack_y_S) + 1)) * np.sign(slack_y_S + 0.5) - config.padding
-        x_S = np.floor(draws_S[:, 2] * (np.abs(slack_x_S) + 1)) * np.sign(slack_x_S + 0.5) - config.padding
-        side_S = np.full(len(keys_S), image_size)
-        windows_S4 = np.stack([y_S, x_S, side_S, side_S], axis=1).astype(np.int32)
+        # The stored image has the crop's size (`build_loader` asks for it), so the window only shifts, by up to `padding` each way.
+        shifts_S2 = np.floor(draws_S[:, 1:3] * (2 * config.padding + 1)) - config.padding
+        windows_S4 = np.concatenate([shifts_S2, np.full((len(keys_S), 2), image_size)], axis=1).astype(np.int32)
     else:
         windows_S4 = center_windows(heights_S, widths_S, config.eval_crop)
     flips_S = (draws_S[:, 0] < 0.5).astype(np.int32) if config.flip else np.zeros(len(keys_S), np.int32)

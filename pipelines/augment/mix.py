@@ -38,6 +38,11 @@ def draw_mix(seed: int, epoch: int, step: int, image_size: int, config: AugmentC
     return np.array([lam, lam_cutmix, y0, y1, x0, x1], np.float32)
 
 
+def channel_statistics(config: AugmentConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std of `config`, float32 [3], on the scale 0…255 of the pixels."""
+    return torch.tensor(config.mean, device=device) * 255.0, torch.tensor(config.std, device=device) * 255.0
+
+
 def normalise(images_SHWC: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 [S, H, W, 3] → dtype [S, 3, H, W], channels-last in memory; `mean` and `std` are float32 [3] on the scale 0…255."""
     return ((images_SHWC.to(torch.float32) - mean) / std).to(dtype).permute(0, 3, 1, 2)

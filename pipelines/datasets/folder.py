@@ -90,6 +90,9 @@ def list_classes(folder: Path, known: tuple[str, ...] | None = None) -> dict[str
     classes = {name: _images(folder / name) for name in _entries(folder, folders=True)}
     if not classes:
         raise DatasetError(f"{folder} holds no class folders: put the images of each class into {folder}/<class>/")
+    for name in classes:
+        if not name.isprintable():  # neither are the stand-ins for bytes that are not UTF-8
+            raise DatasetError(f"{folder} has a class folder with an unprintable name, {name!a}: rename it")
     empty = [name for name, files in classes.items() if not files]
     if empty and (known is None or len(empty) == len(classes)):
         kinds = " ".join(IMAGE_SUFFIXES)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipelines.types import DatasetError, EncodedSample
 
 _EXIF_ORIENTATION = 0x0112
 _TURNED = range(2, 9)  # other values, 0 among them, are found in real photographs and mean nothing
 _KEPT = {"JPEG": ("jpg", {"RGB", "L"}), "PNG": ("png", {"RGB", "L"})}
+_PNG_DEPTH_BYTE = 24  # in the IHDR chunk, which the standard puts first
 JPEG_QUALITY = 95
 MAX_SIDE = 65_535  # what the index can hold; Pillow itself refuses more than 179 million pixels
 
@@ -37,24 +37,17 @@ def prepare_sample(sample: EncodedSample) -> tuple[EncodedSample, int, int, bool
         DatasetError: the image does not decode, is empty, or is too large; the sentence names its source.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of odd metadata and of large images; size is judged below, metadata does not matter here.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(sample.encoded)) as image:
-                width, height = image.size
-                if max(width, height) > MAX_SIDE:
-                    raise DatasetError(f"{sample.source} is too large to be an image of a data set ({width}x{height} pixels)")
-                image.load()
-                extension, modes = _KEPT.get(image.format or "", ("", set()))
-                keep = (
-                    extension
-                    and image.mode in modes
-                    and "transparency" not in image.info
-                    and image.getexif().get(_EXIF_ORIENTATION) not in _TURNED
-                )
-                if keep:
-                    return _renamed(sample, sample.encoded, extension), height, width, False
-                encoded = _reencode(image)
+        with Image.open(io.BytesIO(sample.encoded)) as image:
+            width, height = image.size
+            if max(width, height) > MAX_SIDE:
+                raise DatasetError(f"{sample.source} is too large to be an image of a data set ({width}x{height} pixels)")
+            image.load()
+            extension = _kept_extension(image, sample.encoded)
+            if extension:
+                return _renamed(sample, sample.encoded, extension), height, width, False
+            encoded = _reencode(image)
+    except UnidentifiedImageError as error:
+        raise DatasetError(f"{sample.source} is not a readable image: unknown or damaged format") from error
     except DatasetError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more
@@ -62,6 +55,15 @@ def prepare_sample(sample: EncodedSample) -> tuple[EncodedSample, int, int, bool
     with Image.open(io.BytesIO(encoded)) as upright:
         width, height = upright.size
     return _renamed(sample, encoded, "jpg"), height, width, True
+
+
+def _kept_extension(image: Image.Image, encoded: bytes) -> str:
+    """The extension under which the stored bytes can stay as they are, or "" if they cannot."""
+    extension, modes = _KEPT.get(image.format or "", ("", set()))
+    if image.mode not in modes or "transparency" in image.info or image.getexif().get(_EXIF_ORIENTATION) in _TURNED:
+        return ""
+    # Pillow reads 16-bit RGB and 1- to 4-bit grey PNG as 8 bit; other decoders round differently.
+    return "" if extension == "png" and encoded[_PNG_DEPTH_BYTE] != 8 else extension
 
 
 def _renamed(sample: EncodedSample, encoded: bytes, extension: str) -> EncodedSample:

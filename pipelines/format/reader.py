@@ -15,6 +15,7 @@ from pipelines.format.index import INDEX_DTYPE, MANIFEST_FILE, read_manifest
 from pipelines.types import SPLITS, IntArray, ShardError
 
 ByteArray = NDArray[np.uint8]
+_SPLIT_KEYS = ("num_samples", "class_counts", "shards", "index")
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,15 @@ class ShardSplit:
         """Maps index and tars and checks their sizes against the manifest; contents are checked by checksum tools, not here."""
         self.name = name
         self._paths = [root / shard["file"] for shard in entry["shards"]]
-        index = _load_index(root / entry["index"]["file"], int(entry["num_samples"]))
+        index_path = root / entry["index"]["file"]
+        index = _load_index(index_path, int(entry["num_samples"]))
         self.labels_N: IntArray = index["label"].astype(np.int64)
         self.heights_N: IntArray = index["height"].astype(np.int64)
         self.widths_N: IntArray = index["width"].astype(np.int64)
         self._shard_N, self._offset_N, self._size_N = index["shard"], index["offset"], index["size"]
+        num_classes = len(entry["class_counts"])
+        if len(index) and not (0 <= self.labels_N.min() and self.labels_N.max() < num_classes and self._shard_N.max() < len(self._paths)):
+            raise ShardError(f"{index_path} names labels or shards that the manifest does not have; make the shards again with --overwrite")
         self._tars = [_map_file(path, int(shard["shard_bytes"])) for path, shard in zip(self._paths, entry["shards"], strict=True)]
 
     def __len__(self) -> int:
@@ -97,7 +102,10 @@ def open_shards(root: Path) -> ShardSet:
     """
     manifest, fingerprint = read_manifest(root)
     missing = [key for key in ("dataset", "class_names", "splits") if key not in manifest]
-    missing += [name for name in SPLITS if not isinstance(manifest.get("splits"), dict) or name not in manifest["splits"]]
+    splits = manifest.get("splits")
+    for name in SPLITS:
+        entry = splits.get(name) if isinstance(splits, dict) else None
+        missing += [f"splits.{name}.{key}" for key in _SPLIT_KEYS if not isinstance(entry, dict) or key not in entry]
     if missing:
         raise ShardError(f"{root / MANIFEST_FILE} lacks {', '.join(missing)}; make the shards again with --overwrite")
     return ShardSet(root, manifest, fingerprint)

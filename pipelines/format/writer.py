@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tarfile
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.config import require, require_choice
+from pipelines.durable import sync_folder, write_atomically
 from pipelines.format.encoding import prepare_sample
 from pipelines.format.index import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, MANIFEST_FILE, index_file, sha256_file, shard_file
 from pipelines.types import SPLITS, DatasetError, EncodedSample, IntArray, OpenDataset, ShardError, Split
@@ -53,9 +55,9 @@ class WriteOptions:
 
 @dataclass
 class WriteReport:
-    """What was written: samples and bytes per split, and the sentence of each skipped image."""
+    """What was written: class counts, int64 [K], per split; images re-encoded; and the sentence of each skipped image."""
 
-    num_samples: dict[str, int] = field(default_factory=dict)
+    class_counts: dict[str, IntArray] = field(default_factory=dict)
     num_reencoded: int = 0
     skipped: list[str] = field(default_factory=list)
 
@@ -80,28 +82,44 @@ def write_shards(
         ShardError: `out` exists and `overwrite` is off, another run is writing it, or the disk is full or read-only.
         DatasetError: an image does not decode and `on_error` is "stop"; names the file.
     """
-    if out.exists() and not options.overwrite:
-        raise ShardError(f"{out} exists already; add --overwrite to replace it or choose another --out")
+    out = out.absolute()
+    _require_replaceable(out, options.overwrite)
     report = WriteReport()
     try:
-        with _partial_folder(out) as partial:
-            splits = {name: _write_split(dataset.splits[name], orders[name], name, partial, options, report, on_sample) for name in SPLITS}
-            counts = {name: np.bincount(labels, minlength=len(dataset.class_names)).tolist() for name, (_, labels) in splits.items()}
+        # Pillow warns of odd metadata, which does not matter here. Filters belong to the process, so they are set outside the threads.
+        with warnings.catch_warnings(), _partial_folder(out) as partial:
+            warnings.simplefilter("ignore")
+            entries = {}
+            for name in SPLITS:
+                entries[name], labels = _write_split(dataset.splits[name], orders[name], name, partial, options, report, on_sample)
+                report.class_counts[name] = np.bincount(labels, minlength=len(dataset.class_names))
+                if name == "train" and not len(labels):
+                    raise DatasetError(f"data set '{dataset.name}' has no readable training image; {out} was not written")
             manifest = {
                 "format": FORMAT_NAME,
                 "version": FORMAT_VERSION,
                 "dataset": dataset.name,
                 "options": dict(dataset.options),
                 "class_names": list(dataset.class_names),
-                "splits": {name: {**entry, "class_counts": counts[name]} for name, (entry, _) in splits.items()},
+                "splits": {name: {**entry, "class_counts": report.class_counts[name].tolist()} for name, entry in entries.items()},
                 "num_reencoded": report.num_reencoded,
                 "num_skipped": len(report.skipped),
             }
-            _write_synced(partial / MANIFEST_FILE, (json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+            write_atomically(partial / MANIFEST_FILE, (json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
             _publish(partial, out)
     except OSError as error:
         raise ShardError(f"cannot write shards to {out}: {error.strerror or error}; nothing was left under that name") from error
     return report
+
+
+def _require_replaceable(out: Path, overwrite: bool) -> None:
+    """Refuses an existing `out`; with `overwrite`, anything but shards or an empty folder, which may be somebody's photographs."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ShardError(f"{out} exists already; add --overwrite to replace it or choose another --out")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST_FILE).is_file()):
+        raise ShardError(f"{out} is not a shard folder, so --overwrite does not remove it; choose another --out")
 
 
 @contextmanager
@@ -126,7 +144,7 @@ def _partial_folder(out: Path) -> Iterator[Path]:
 
 
 def _publish(partial: Path, out: Path) -> None:
-    _sync_folder(partial)
+    sync_folder(partial)
     if out.exists():
         retired = out.with_name(out.name + ".retired")
         shutil.rmtree(retired, ignore_errors=True)
@@ -135,22 +153,7 @@ def _publish(partial: Path, out: Path) -> None:
         shutil.rmtree(retired)
     else:
         partial.rename(out)
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    sync_folder(out.parent)
 
 
 def _prepared_samples(split: Split, order_N: IntArray, options: WriteOptions, report: WriteReport) -> Iterator[_Prepared | None]:
@@ -212,8 +215,7 @@ def _write_split(
     index = np.array(records, INDEX_DTYPE)
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
-    _write_synced(folder / index_file(name), buffer.getvalue())
-    report.num_samples[name] = len(records)
+    write_atomically(folder / index_file(name), buffer.getvalue())
     entry = {
         "num_samples": len(records),
         "shards": shards,

@@ -1,6 +1,6 @@
 """Loaders: the same ids in the same order with the same crops, whatever reads and decodes the pixels.
 
-`LOADERS` maps a name to a pixel source. A new loader is one file with a class that has `stream` and `close`, and one line here.
+`LOADERS` maps a name to a pixel source. A new loader is one file with a `PixelSource` (planned.py) and one line here.
 """
 
 from __future__ import annotations
@@ -53,17 +53,36 @@ def build_loader(
         world_size: number of processes that share each batch.
 
     Raises:
-        ConfigError: unknown loader, or a batch smaller than the number of ranks.
+        ConfigError: unknown loader, a batch that ranks cannot share, or a crop that the images do not fit.
         ShardError: the split is empty or its shards are damaged.
         BackendError: the loader's package is not installed.
     """
     name, _ = choose_loader(config.loader, config.image_size)
-    if config.batch_size < world_size:
-        raise ConfigError(f"batch_size {config.batch_size} is smaller than the {world_size} ranks it is split over")
     if shards.num_samples(split) == 0:
-        raise ShardError(f"{shards.root} has no samples in its '{split}' split")
+        raise ShardError(f"{shards.root} has no samples in its '{split}' split; name another split or make shards that have it")
+    if split == "train":
+        _require_equal_shares(shards.num_samples(split), config, world_size)
     module_name, class_name = LOADERS[name].split(":")
     source_class = getattr(import_module(module_name), class_name)
     data = shards.split(split)
+    if (
+        split == "train"
+        and config.augment.crop == "pad"
+        and not ((data.heights_N == config.image_size) & (data.widths_N == config.image_size)).all()
+    ):
+        raise ConfigError(
+            f"crop 'pad' needs stored images of {config.image_size} px, and {shards.root} has others; take --set data.augment.crop=resized"
+        )
     request = PixelRequest(split=data, config=config, training=split == "train", device=device, rank=rank, world_size=world_size, seed=seed)
     return PlannedLoader(request, source_class(request), num_classes=len(shards.class_names))
+
+
+def _require_equal_shares(num_samples: int, config: DataConfig, world_size: int) -> None:
+    """Every rank must get the same number of samples of every batch, and at least one."""
+    rest = num_samples % config.batch_size
+    if config.batch_size % world_size:
+        raise ConfigError(f"batch_size {config.batch_size} cannot be shared by {world_size} ranks: choose a multiple of {world_size}")
+    if config.order.drop_last and num_samples < config.batch_size:
+        raise ConfigError(f"batch_size {config.batch_size} with drop_last leaves no batch of {num_samples} samples: choose a smaller one")
+    if rest % world_size and not config.order.drop_last:
+        raise ConfigError(f"the last batch of {rest} samples cannot be shared by {world_size} ranks: add --set data.order.drop_last=true")

@@ -6,7 +6,7 @@ flips come with the plan, so DALI draws no random numbers and CPU and GPU agree.
 
 from __future__ import annotations
 
-import re
+import io
 from collections import deque
 from collections.abc import Generator, Iterator
 from os import cpu_count
@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
+from pipelines.augment.geometry import FlipArray, WindowArray
+from pipelines.format.reader import ByteArray
 from pipelines.loaders.plan import BatchPlan
 from pipelines.loaders.planned import PixelRequest
-from pipelines.types import BackendError, ShardError
+from pipelines.types import BackendError, IntArray, ShardError, UserError
 
 try:
     from nvidia.dali import Pipeline, fn, types
@@ -63,77 +66,99 @@ class DaliPixels:
     stored_size: int | None = None
 
     def __init__(self, request: PixelRequest) -> None:
-        """Builds the pipeline and runs it empty once."""
+        """Builds the pipeline and runs it once on a tiny image."""
         self._request = request
         self._depth = request.config.prefetch_batches
-        self._start()
-
-    def _start(self) -> None:
-        self._pipeline = _define(self._request)
-        # DALI's first scheduled run starts `prefetch_queue_depth` iterations at once. Spending them on one sample each makes every later
-        # schedule start exactly one, whatever the length of the epoch.
-        first = np.zeros(1, np.int64)
-        windows = np.array([[0, 0, 1, 1]], np.int32)
-        for _ in range(self._depth):
-            self._feed(first, windows, np.zeros(1, np.int32))
-        self._pipeline.schedule_run()
-        for _ in range(self._depth):
-            self._collect([])
-
-    def _feed(self, ids_S: np.ndarray, windows_S4: np.ndarray, flips_S: np.ndarray) -> None:
-        self._pipeline.feed_input("encoded", self._request.split.encoded(ids_S))
-        self._pipeline.feed_input("window", windows_S4)
-        self._pipeline.feed_input("flip", flips_S)
-
-    def _collect(self, in_flight: list[np.ndarray]) -> torch.Tensor:
-        on_gpu = self._request.device.type == "cuda"
-        try:
-            (images,) = self._pipeline.share_outputs(torch.cuda.current_stream(self._request.device) if on_gpu else None)
-        except RuntimeError as error:
-            raise self._decode_error(error, in_flight) from error
-        # The dynamic executor hands the buffer over: it lives as long as the tensor, so nothing is copied.
-        pixels = torch.from_dlpack(images.as_tensor())
-        self._pipeline.release_outputs()
-        return pixels
-
-    def _decode_error(self, error: RuntimeError, in_flight: list[np.ndarray]) -> ShardError:
-        """DALI names a sample by its place in the batch; this names it by its shard. The pipeline is rebuilt for the next epoch."""
-        message = str(error)
-        place = re.search(r"sample #?(\d+)|'#(\d+)'", message)
-        self._start()
-        reason = next((line.strip() for line in message.splitlines() if "decode" in line), message.splitlines()[0])
-        if place is None or not in_flight:
-            return ShardError(f"DALI could not decode a batch: {reason}")
-        position = int(place.group(1) or place.group(2))
-        names = sorted({self._request.split.describe(int(ids[position])) for ids in in_flight if position < len(ids)})
-        return ShardError(
-            f"DALI could not decode {' or '.join(names)} ({reason}); make the shards again, with --on-error skip if the source is damaged"
-        )
+        self._pipeline: Any = _primed(request)
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
-        """Keeps `prefetch_batches` iterations in flight; an abandoned stream collects and drops them."""
+        """Keeps `prefetch_batches` iterations in flight, also while the caller works on the batch it was given."""
+        if self._pipeline is None:
+            self._pipeline = _primed(self._request)
         in_flight: deque[BatchPlan] = deque()
         try:
             for plan in plans:
-                self._feed(plan.ids_S, plan.windows_S4, plan.flips_S)
-                self._pipeline.schedule_run()
+                ready = self._collect(in_flight) if len(in_flight) == self._depth else None
+                _schedule(self._pipeline, self._request.split.encoded(plan.ids_S), plan.windows_S4, plan.flips_S)
                 in_flight.append(plan)
-                if len(in_flight) == self._depth:
-                    yield self._next(in_flight)
+                if ready is not None:
+                    yield ready
             while in_flight:
-                yield self._next(in_flight)
+                yield self._collect(in_flight)
         finally:
-            while in_flight:
-                self._next(in_flight)
+            if in_flight:
+                self._abandon(len(in_flight))
 
-    def _next(self, in_flight: deque[BatchPlan]) -> tuple[BatchPlan, torch.Tensor]:
+    def _collect(self, in_flight: deque[BatchPlan]) -> tuple[BatchPlan, torch.Tensor]:
+        device = self._request.device
         try:
-            pixels = self._collect([plan.ids_S for plan in in_flight])
-        except ShardError:
+            (images,) = self._pipeline.share_outputs(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+        except RuntimeError as error:
+            failed = [plan.ids_S for plan in in_flight]
             in_flight.clear()
-            raise
+            self._pipeline = None  # DALI gives up a pipeline after an error; the next epoch builds another
+            raise _explain(error, self._request, np.unique(np.concatenate(failed))) from error
+        # The dynamic executor hands the buffer over, ordered on the stream named above: it lives as long as the tensor, nothing is copied.
+        pixels = torch.from_dlpack(images.as_tensor())
+        self._pipeline.release_outputs()
         return in_flight.popleft(), pixels
+
+    def _abandon(self, count: int) -> None:
+        """Takes what is in flight out of the pipeline; a failure there is nobody's any more and only costs the pipeline."""
+        try:
+            for _ in range(count):
+                self._pipeline.share_outputs()
+                self._pipeline.release_outputs()
+        except RuntimeError:
+            self._pipeline = None
 
     def close(self) -> None:
         """Frees DALI's threads and buffers."""
-        del self._pipeline
+        self._pipeline = None
+
+
+def _schedule(pipeline: Any, encoded: list[ByteArray], windows_S4: WindowArray, flips_S: FlipArray) -> None:
+    pipeline.feed_input("encoded", encoded)
+    pipeline.feed_input("window", windows_S4)
+    pipeline.feed_input("flip", flips_S)
+    pipeline.schedule_run()
+
+
+def _primed(request: PixelRequest) -> Any:
+    """A built pipeline of which every later `schedule_run` starts exactly one iteration.
+
+    DALI's first one starts `prefetch_queue_depth` iterations at once and fails if fewer were fed, so that many tiny images go first.
+    """
+    pipeline = _define(request)
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+    tiny = [np.frombuffer(buffer.getvalue(), np.uint8)]
+    window, flip = np.array([[0, 0, 64, 64]], np.int32), np.zeros(1, np.int32)
+    for _ in range(request.config.prefetch_batches - 1):
+        pipeline.feed_input("encoded", tiny)
+        pipeline.feed_input("window", window)
+        pipeline.feed_input("flip", flip)
+    _schedule(pipeline, tiny, window, flip)
+    for _ in range(request.config.prefetch_batches):
+        pipeline.share_outputs()
+        pipeline.release_outputs()
+    return pipeline
+
+
+def _explain(error: RuntimeError, request: PixelRequest, ids: IntArray) -> UserError:
+    """DALI does not say which sample failed: those in flight are decoded again on the host, and the ones that fail are named."""
+    broken = [request.split.describe(int(i)) for i, encoded in zip(ids, request.split.encoded(ids), strict=True) if not _decodes(encoded)]
+    if broken:
+        return ShardError(f"{', '.join(broken[:5])} does not decode; the shard is damaged: copy it again or make the shards again")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[lines.index("encountered:") + 1] if "encountered:" in lines[:-1] else lines[0]
+    return BackendError(f"DALI failed while decoding: {reason}")
+
+
+def _decodes(encoded: ByteArray) -> bool:
+    try:
+        with Image.open(io.BytesIO(encoded.tobytes())) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return True

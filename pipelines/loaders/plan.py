@@ -90,6 +90,8 @@ def eval_plans(
         start = step * batch_size
         length = min(batch_size, num_samples - start)
         ids_S = np.arange(start + length * rank // world_size, start + length * (rank + 1) // world_size, dtype=np.int64)
+        if not len(ids_S):
+            continue  # a last batch smaller than the world leaves some ranks without a sample
         windows_S4 = center_windows(geometry.heights_N[ids_S], geometry.widths_N[ids_S], eval_crop)
         yield BatchPlan(
             epoch=0,

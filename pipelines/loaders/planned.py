@@ -68,7 +68,6 @@ class PlannedLoader:
         split, config = request.split, request.config
         self._request, self._source = request, source
         self._stream = source.stream(iter(()))
-        self._labels_N = torch.from_numpy(split.labels_N)
         self._order = SampleOrder(split.labels_N, num_classes, config.batch_size, request.seed, config.order)
         heights_N, widths_N = split.heights_N, split.widths_N
         if source.stored_size is not None:
@@ -95,7 +94,7 @@ class PlannedLoader:
             images_SHWC = apply_policy(images_SHWC, plan.policy)
         if plan.cutout_S2 is not None:
             images_SHWC = cutout(images_SHWC, upload(plan.cutout_S2, images_SHWC.device), self._request.config.augment.cutout)
-        labels_S = self._labels_N[torch.from_numpy(plan.ids_S)].to(images_SHWC.device, non_blocking=True)
+        labels_S = upload(self._request.split.labels_N[plan.ids_S], images_SHWC.device)
         mix = None if plan.mix is None else upload(plan.mix, images_SHWC.device)
         return Batch(images_SHWC=images_SHWC, labels_S=labels_S, ids_S=plan.ids_S, mix=mix, epoch=plan.epoch, step=plan.step)
 

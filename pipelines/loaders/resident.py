@@ -32,7 +32,7 @@ class ResidentPixels:
         sizes = np.unique(np.concatenate([split.heights_N, split.widths_N]))
         self.stored_size: int = int(sizes[0]) if len(sizes) == 1 else round(config.image_size / config.augment.eval_crop)
         self._resize = len(sizes) != 1
-        images_NHWC = np.empty((len(split), self.stored_size, self.stored_size, 3), np.uint8)
+        images_NHWC = self._empty((len(split), self.stored_size, self.stored_size, 3))
         with ThreadPoolExecutor(config.num_threads or cpu_count() or 1) as pool:
             for start in range(0, len(split), 1024):
                 ids = np.arange(start, min(start + 1024, len(split)))
@@ -41,10 +41,19 @@ class ResidentPixels:
         try:
             self._images_NHWC = torch.from_numpy(images_NHWC).to(request.device)
         except torch.OutOfMemoryError:
-            gib = images_NHWC.nbytes / (1 << 30)
-            raise BackendError(
-                f"loader 'resident' needs {gib:.1f} GiB on {request.device}, which has not that much free; take --loader dali"
-            ) from None
+            raise self._too_large(images_NHWC.nbytes, str(request.device)) from None
+
+    def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        try:
+            return np.empty(shape, np.uint8)
+        except MemoryError:
+            raise self._too_large(int(np.prod(shape)), "the host") from None
+
+    @staticmethod
+    def _too_large(num_bytes: int, place: str) -> BackendError:
+        return BackendError(
+            f"loader 'resident' needs {num_bytes / (1 << 30):.1f} GiB on {place}, which has not that much free; take --loader dali"
+        )
 
     def _decode(self, sample_id: int, encoded: np.ndarray) -> np.ndarray:
         try:

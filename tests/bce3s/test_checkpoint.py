@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bce3s.checkpoint import CheckpointError, load_checkpoint, require_same_data, save_checkpoint, write_atomically
+from bce3s.checkpoint import CheckpointError, load_checkpoint, require_same_data, save_checkpoint
+from pipelines.durable import write_atomically
 from pipelines.types import ConfigError
 
 CPU = torch.device("cpu")

@@ -86,6 +86,8 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path: Path, arguments:
         (["--set", "model.pretrained=absent.pth"], "absent.pth"),
         (["--dataset", "demo"], "holds data set 'cifar10-lt', not 'demo'"),
         (["--out", "runs/one"], "runs/one holds a run already; add --resume"),
+        (["--out", "runs/one", "--resume", "--overwrite"], "give one of them"),
+        (["--out", "runs/one/config.json/x"], "cannot write to"),
         (["--out", "runs/one", "--resume", "--seed", "3"], "was trained with seed=0, this command says 3"),
     ],
 )

@@ -33,7 +33,9 @@ CONFIG = TrainConfig(
 
 def step_for(config: TrainConfig, num_classes: int = 4) -> TrainStep:
     placement = resolve_placement(config)
-    return TrainStep(build_model(config, num_classes, placement), build_loss(config.loss), config, placement)
+    return TrainStep(
+        build_model(config, num_classes, placement), build_loss(config.loss, torch.ones(num_classes, dtype=torch.int64)), config, placement
+    )
 
 
 def batches_for(shards: Any, config: TrainConfig, epoch: int = 0) -> tuple[list[Batch], int]:
@@ -53,11 +55,35 @@ def test_rate_per_epoch_is_constant_within_an_epoch() -> None:
     assert learning_rate_at(config, 4, 0.5) == 1.0
 
 
+def test_warmup_by_epoch_starts_above_zero_and_takes_at_most_half_of_the_epochs() -> None:
+    config = OptimizerConfig(learning_rate=1.0, schedule="epoch", warmup_epochs=4)
+    assert [learning_rate_at(config, 20, epoch) for epoch in (0, 1, 3)] == [0.25, 0.5, 1.0]
+    assert learning_rate_at(OptimizerConfig(learning_rate=1.0, warmup_epochs=5), 2, 1.0) == 1.0
+
+
+def test_optimizer_follows_the_textbook_momentum() -> None:
+    """Zero momenta at the start give the step of torch's unfused SGD, which starts them with the first gradient."""
+    torch.manual_seed(0)
+    steps = {}
+    for name in ("ours", "torch"):
+        step = step_for(CONFIG)
+        parameters = list(step.model.backbone.parameters())
+        optimizer = step.optimizer if name == "ours" else torch.optim.SGD(step.model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        for scale in (1.0, -0.5, 0.25):
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, scale)
+            optimizer.step()
+        steps[name] = parameters
+    for one, other in zip(steps["ours"], steps["torch"], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_weight_decay_spares_norms_and_biases_on_request() -> None:
     model = step_for(CONFIG).model
     groups = build_optimizer(model, replace(CONFIG.optimizer, decay_norm_and_bias=False)).param_groups
     spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     assert spared == {id(p) for p in model.parameters() if p.ndim <= 1}
+    assert all(not buffer["momentum_buffer"].any() for buffer in build_optimizer(model, CONFIG.optimizer).state.values())
     for every in (groups, build_optimizer(model, CONFIG.optimizer).param_groups):
         assert sum(len(group["params"]) for group in every) == len(list(model.parameters()))
 
@@ -128,8 +154,10 @@ def test_a_cuda_step_never_waits_for_the_device(make_shards: Any) -> None:
     loader = build_loader(make_shards(), "train", config.data, seed=0, device=torch.device("cuda", 0))
     batches = list(loader.epoch(1))
     step(batches[0], loader.num_steps)
+    running = iter(loader.epoch(2))
+    next(running)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(batches[1], loader.num_steps)
+        step(next(running), loader.num_steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -17,11 +17,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from bce3s.checkpoint import CheckpointError, load_checkpoint
+from bce3s.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from bce3s.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bce3s.losses import LOSSES
 from bce3s.runlog import read_metrics
-from bce3s.train import Trainer, summary
+from bce3s.train import Trainer, TrainingError, summary
 from pipelines.config import AugmentConfig, DataConfig
 from pipelines.loaders import LOADERS
 from pipelines.types import ConfigError
@@ -120,6 +120,7 @@ def test_a_run_leaves_a_whole_record(make_shards: Any, tmp_path: Path) -> None:
     assert final["last_epoch_no_tta"]["all"] == next(line for line in lines if line["kind"] == "epoch" and line["epoch"] == 3)["all"]
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__
+    assert environment["loss_floors"]["uniform"] < step_line["uniform"]
     assert Path(environment["shards"]) == shards.root
 
 
@@ -149,7 +150,9 @@ def test_resuming_a_finished_run_only_evaluates(make_shards: Any, tmp_path: Path
     before = weights(tmp_path / "run")
     train(replace(CONFIG, epochs=1), make_shards(), tmp_path / "run", resume=True)
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
-    assert [line["kind"] for line in read_metrics(tmp_path / "run")].count("summary") == 1
+    summaries = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "summary"]
+    assert len(summaries) == 1
+    assert summaries[0]["images_per_s"] > 0
 
 
 def test_resume_refuses_another_dataset_other_shards_and_another_config(make_shards: Any, tmp_path: Path) -> None:
@@ -173,6 +176,57 @@ def test_resume_from_a_damaged_checkpoint_is_one_sentence(make_shards: Any, tmp_
     path.write_bytes(path.read_bytes()[:5000])
     trainer = Trainer(replace(CONFIG, epochs=1), make_shards(), tmp_path / "run", console())
     with pytest.raises(CheckpointError, match="damaged"):
+        trainer.resume()
+    trainer.close()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(make_shards: Any, tmp_path: Path) -> None:
+    train(CONFIG, make_shards(), tmp_path / "run", stop_after=1)
+    trainer = Trainer(CONFIG, make_shards(), tmp_path / "run", console())
+    trainer.resume()
+    with torch.no_grad():
+        trainer.model.classifier.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"is not finite in epoch 2; .*last\.pt holds epoch 1"):
+        trainer.fit()
+    trainer.close()
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values() if value.is_floating_point())
+
+
+def test_overwriting_removes_the_old_checkpoints_before_the_first_epoch(make_shards: Any, tmp_path: Path) -> None:
+    train(replace(CONFIG, epochs=1), make_shards(), tmp_path / "run")
+    trainer = Trainer(replace(CONFIG, seed=1), make_shards(), tmp_path / "run", console())
+    with torch.no_grad():
+        trainer.model.classifier.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="nothing was saved yet"):
+        trainer.fit()
+    trainer.close()
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_an_unwritable_run_folder_is_one_sentence(make_shards: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    trainer = Trainer(CONFIG, make_shards(), tmp_path / "file" / "run", console())
+    with pytest.raises(TrainingError, match="cannot write to"):
+        trainer.fit()
+    trainer.close()
+
+
+def test_without_a_test_split_val_is_reported_and_labelled(make_shards: Any, tmp_path: Path) -> None:
+    trainer = Trainer(replace(CONFIG, epochs=1), make_shards(val=3, test=0), tmp_path / "run", console())
+    result = trainer.fit()
+    trainer.close()
+    assert (result.report_split, result.last.num_images) == ("val", 12)
+    with pytest.raises(ConfigError, match="neither test nor val images"):
+        Trainer(CONFIG, make_shards(val=0, test=0), tmp_path / "other", console())
+
+
+def test_resume_refuses_another_precision(make_shards: Any, tmp_path: Path) -> None:
+    train(replace(CONFIG, epochs=1, precision="auto"), make_shards(), tmp_path / "run")
+    path = tmp_path / "run" / "last.pt"
+    state = load_checkpoint(path, CPU)
+    save_checkpoint(path, {**state, "precision": "fp16"})
+    trainer = Trainer(replace(CONFIG, epochs=1, precision="auto"), make_shards(), tmp_path / "run", console())
+    with pytest.raises(ConfigError, match="was trained in fp16, and this device would continue in"):
         trainer.resume()
     trainer.close()
 

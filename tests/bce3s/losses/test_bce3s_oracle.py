@@ -89,7 +89,9 @@ def load_case(name: str, dtype: torch.dtype) -> Case:
         temperature=float(arrays["temperature"]),
         contrastive_warmup_epochs=0,
     )
-    return Case(arrays, heads, torch.cat(views).to(dtype).requires_grad_(), targets, mask, BCE3SLoss(config))
+    return Case(
+        arrays, heads, torch.cat(views).to(dtype).requires_grad_(), targets, mask, BCE3SLoss(config, torch.ones(K, dtype=torch.int64))
+    )
 
 
 def run(case: Case) -> tuple[Tensor, dict[str, Tensor]]:

@@ -41,7 +41,7 @@ def run(name: str, K: int = 10, B: int = 6, epoch: int = 1, heads: Any = None, s
     labels, partners = (torch.randint(0, K, (B,), generator=generator) for _ in range(2))
     targets = MixedTargets(labels, partners, torch.tensor(0.3))
     inputs = LossInputs(features_VD=features, mixup=targets, cutmix=targets, heads=heads, epoch=epoch, generator=generator)
-    return build_loss(LossConfig(name=name))(inputs), features
+    return build_loss(LossConfig(name=name), torch.ones(K, dtype=torch.int64))(inputs), features
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -83,7 +83,7 @@ class TestEveryLoss:
 
 def test_unknown_loss_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="unknown loss 'focal'; known: bce3s, bce, ce"):
-        build_loss(LossConfig(name="focal"))
+        build_loss(LossConfig(name="focal"), torch.ones(3, dtype=torch.int64))
 
 
 mixes = st.tuples(
@@ -123,6 +123,20 @@ def test_source_bce_over_all_classes_is_one_hot_bce() -> None:
     labels = torch.tensor([0, 4, 4, 1])
     expected = functional.binary_cross_entropy_with_logits(z, functional.one_hot(labels, 5).float(), reduction="sum") / 4
     torch.testing.assert_close(source_bce(z, labels, torch.ones(5, dtype=torch.bool)), expected)
+
+
+def test_the_class_subset_size_is_reported() -> None:
+    output, _ = run("bce3s", K=50)
+    assert output.terms["class_subset_size"] == 20
+
+
+@pytest.mark.parametrize("K", [2, 10, 100, 8142])
+def test_the_reported_floor_is_the_uniform_term_at_the_simplex(K: int) -> None:
+    cosines = torch.full((K, K), -1.0 / (K - 1), dtype=torch.float64).fill_diagonal_(1.0)
+    eye = torch.eye(K, dtype=torch.bool)
+    value = (functional.softplus(cosines)[~eye].sum() + functional.softplus(-cosines)[eye].sum()) / K
+    loss = build_loss(LossConfig(name="bce3s"), torch.ones(K, dtype=torch.int64))
+    assert loss.floors(K)["uniform"] == pytest.approx(value.item())
 
 
 def test_uniform_term_is_least_at_the_simplex() -> None:

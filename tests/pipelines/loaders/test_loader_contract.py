@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import io
+import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 
 from pipelines.config import AugmentConfig, DataConfig, OrderConfig
-from pipelines.format import ShardSet
+from pipelines.format import ShardSet, open_shards
 from pipelines.loaders import LOADERS, PlannedLoader, build_loader, choose_loader
 from pipelines.types import Batch, ConfigError, ShardError
 
@@ -157,6 +159,61 @@ def test_dali_and_resident_show_the_same_region_of_photographs(make_shards: Any)
         for one, other in zip(dali, resident, strict=True):
             difference = (one.images_SHWC.float() - other.images_SHWC.float()).abs().mean((1, 2, 3))
             assert difference.max() < 6
+
+
+def test_a_rank_without_a_sample_of_the_last_batch_is_served(make_shards: Any) -> None:
+    for loader in LOADERS:
+        seen = [
+            sample_id
+            for rank in range(3)
+            for batch in collect(loader_for(make_shards(), loader, split="test", rank=rank, world_size=3, batch_size=19))
+            for sample_id in batch.ids_S.tolist()
+        ]
+        assert sorted(seen) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"world_size": 3}, "batch_size 16 cannot be shared by 3 ranks"),
+        ({"world_size": 4}, r"the last batch of 10 samples cannot be shared by 4 ranks: add --set data\.order\.drop_last=true"),
+        ({"batch_size": 75, "order": OrderConfig(drop_last=True)}, "leaves no batch of 74 samples"),
+        ({"image_size": 24}, "crop 'pad' needs stored images of 24 px"),
+    ],
+)
+def test_what_cannot_be_shared_or_cropped_is_one_sentence(make_shards: Any, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        loader_for(make_shards(), "synthetic", **changes)
+
+
+class TestDamageThatReachesTraining:
+    """Shards are validated when written; a disk can still damage them later."""
+
+    def damaged(self, make_shards: Any, tmp_path: Path, sample_id: int) -> ShardSet:
+        root = tmp_path / "shards"
+        shutil.copytree(make_shards(size=(48, 48), extension="jpg").root, root)
+        record = np.load(root / "train.index.npy")[sample_id]
+        with (root / f"train-{record['shard']:06d}.tar").open("r+b") as tar:
+            # The header stays: DALI 2.4.0 itself may crash on a JPEG that it cannot even parse (docs/log.md).
+            kept = int(record["size"]) // 2
+            tar.seek(int(record["offset"]) + kept)
+            tar.write(b"\0" * (int(record["size"]) - kept))
+        return open_shards(root)
+
+    @pytest.mark.parametrize("loader", EXACT)
+    @pytest.mark.parametrize("sample_id", [0, 5])
+    def test_the_sample_is_named(self, make_shards: Any, tmp_path: Path, loader: str, sample_id: int) -> None:
+        shards = self.damaged(make_shards, tmp_path, sample_id)
+        with pytest.raises(ShardError, match=rf"sample {sample_id:08d} of .*train-00000\d\.tar does not decode"):
+            collect(loader_for(shards, loader, augment=RESIZED))
+
+    def test_dali_recovers_for_the_next_epoch_and_closes_quietly(self, make_shards: Any, tmp_path: Path) -> None:
+        loader = loader_for(self.damaged(make_shards, tmp_path, 5), "dali", augment=RESIZED)
+        for _ in range(2):
+            with pytest.raises(ShardError, match="sample 00000005"):
+                list(loader.epoch(0))
+        next(iter(loader.epoch(0)))
+        loader.close()
 
 
 def test_auto_takes_resident_for_small_images_and_dali_above() -> None:
