@@ -196,22 +196,26 @@ def _write_split(
     records: list[tuple[int, int, int, int, int, int]] = []
     shards: list[dict[str, Any]] = []
     tar: _ShardTar | None = None
-    for prepared in _prepared_samples(split, order_N, options, report):
-        if prepared is None:
-            on_sample(name, 0)
-            continue
-        sample, height, width, reencoded = prepared
-        report.num_reencoded += reencoded
-        if tar is None:
-            tar = _ShardTar(folder / shard_file(name, len(shards)))
-        offset = tar.add(len(records), sample)
-        records.append((len(shards), len(sample.encoded), offset, sample.label, height, width))
-        on_sample(name, len(sample.encoded))
-        if tar.num_bytes >= options.shard_bytes:
-            shards.append(tar.close())
-            tar = None
-    if tar is not None:
-        shards.append(tar.close())
+    try:
+        for prepared in _prepared_samples(split, order_N, options, report):
+            if prepared is None:
+                on_sample(name, 0)
+                continue
+            sample, height, width, reencoded = prepared
+            report.num_reencoded += reencoded
+            if tar is None:
+                tar = _ShardTar(folder / shard_file(name, len(shards)))
+            offset = tar.add(len(records), sample)
+            records.append((len(shards), len(sample.encoded), offset, sample.label, height, width))
+            on_sample(name, len(sample.encoded))
+            if tar.num_bytes >= options.shard_bytes:
+                shards.append(tar.finish())
+                tar = None
+        if tar is not None:
+            shards.append(tar.finish())
+    finally:
+        if tar is not None:
+            tar.close()
     index = np.array(records, INDEX_DTYPE)
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
@@ -248,8 +252,12 @@ class _ShardTar:
         self._num_samples += 1
         return offset
 
-    def close(self) -> dict[str, Any]:
-        """Finishes and fsyncs the file; returns its manifest entry."""
+    def close(self) -> None:
+        """Closes the file, finished or not; may be called twice."""
+        self._file.close()
+
+    def finish(self) -> dict[str, Any]:
+        """Completes and fsyncs the file; returns its manifest entry."""
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())

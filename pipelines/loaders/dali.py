@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from pipelines.augment.geometry import FlipArray, WindowArray
-from pipelines.format.reader import ByteArray
+from pipelines.format.reader import ByteArray, ShardSplit
 from pipelines.loaders.plan import BatchPlan
 from pipelines.loaders.planned import PixelRequest
 from pipelines.types import BackendError, IntArray, ShardError, UserError
@@ -97,7 +97,7 @@ class DaliPixels:
             failed = [plan.ids_S for plan in in_flight]
             in_flight.clear()
             self._pipeline = None  # DALI gives up a pipeline after an error; the next epoch builds another
-            raise _explain(error, self._request, np.unique(np.concatenate(failed))) from error
+            raise explain_failure(error, self._request.split, np.unique(np.concatenate(failed))) from error
         # The dynamic executor hands the buffer over, ordered on the stream named above: it lives as long as the tensor, nothing is copied.
         pixels = torch.from_dlpack(images.as_tensor())
         self._pipeline.release_outputs()
@@ -145,9 +145,9 @@ def _primed(request: PixelRequest) -> Any:
     return pipeline
 
 
-def _explain(error: RuntimeError, request: PixelRequest, ids: IntArray) -> UserError:
-    """DALI does not say which sample failed: those in flight are decoded again on the host, and the ones that fail are named."""
-    broken = [request.split.describe(int(i)) for i, encoded in zip(ids, request.split.encoded(ids), strict=True) if not _decodes(encoded)]
+def explain_failure(error: RuntimeError, split: ShardSplit, ids: IntArray) -> UserError:
+    """The user's error for DALI's, which does not say which sample failed: those of `ids` that do not decode on the host are named."""
+    broken = [split.describe(int(i)) for i, encoded in zip(ids, split.encoded(ids), strict=True) if not _decodes(encoded)]
     if broken:
         return ShardError(f"{', '.join(broken[:5])} does not decode; the shard is damaged: copy it again or make the shards again")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

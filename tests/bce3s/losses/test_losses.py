@@ -130,7 +130,7 @@ def test_the_class_subset_size_is_reported() -> None:
     assert output.terms["class_subset_size"] == 20
 
 
-@pytest.mark.parametrize("K", [2, 10, 100, 8142])
+@pytest.mark.parametrize("K", [2, 10, 1000])
 def test_the_reported_floor_is_the_uniform_term_at_the_simplex(K: int) -> None:
     cosines = torch.full((K, K), -1.0 / (K - 1), dtype=torch.float64).fill_diagonal_(1.0)
     eye = torch.eye(K, dtype=torch.bool)

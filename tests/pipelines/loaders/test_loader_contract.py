@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -18,7 +19,7 @@ from PIL import Image
 from pipelines.config import AugmentConfig, DataConfig, OrderConfig
 from pipelines.format import ShardSet, open_shards
 from pipelines.loaders import LOADERS, PlannedLoader, build_loader, choose_loader
-from pipelines.types import Batch, ConfigError, ShardError
+from pipelines.types import BackendError, Batch, ConfigError, ShardError
 
 CPU = torch.device("cpu")
 PAD = AugmentConfig(crop="pad", policy="autoaugment-cifar10", cutout=8, eval_crop=1.0)
@@ -194,26 +195,33 @@ class TestDamageThatReachesTraining:
         shutil.copytree(make_shards(size=(48, 48), extension="jpg").root, root)
         record = np.load(root / "train.index.npy")[sample_id]
         with (root / f"train-{record['shard']:06d}.tar").open("r+b") as tar:
-            # The header stays: DALI 2.4.0 itself may crash on a JPEG that it cannot even parse (docs/log.md).
             kept = int(record["size"]) // 2
             tar.seek(int(record["offset"]) + kept)
             tar.write(b"\0" * (int(record["size"]) - kept))
         return open_shards(root)
 
-    @pytest.mark.parametrize("loader", EXACT)
     @pytest.mark.parametrize("sample_id", [0, 5])
-    def test_the_sample_is_named(self, make_shards: Any, tmp_path: Path, loader: str, sample_id: int) -> None:
+    def test_resident_names_the_sample(self, make_shards: Any, tmp_path: Path, sample_id: int) -> None:
         shards = self.damaged(make_shards, tmp_path, sample_id)
         with pytest.raises(ShardError, match=rf"sample {sample_id:08d} of .*train-00000\d\.tar does not decode"):
-            collect(loader_for(shards, loader, augment=RESIZED))
+            collect(loader_for(shards, "resident", augment=RESIZED))
 
-    def test_dali_recovers_for_the_next_epoch_and_closes_quietly(self, make_shards: Any, tmp_path: Path) -> None:
-        loader = loader_for(self.damaged(make_shards, tmp_path, 5), "dali", augment=RESIZED)
-        for _ in range(2):
-            with pytest.raises(ShardError, match="sample 00000005"):
-                list(loader.epoch(0))
-        next(iter(loader.epoch(0)))
-        loader.close()
+    # DALI 2.4.0 itself sometimes crashes the process on such a sample (docs/log.md), so what follows its error is tested without it.
+    def test_dali_names_the_sample_among_those_in_flight(self, make_shards: Any, tmp_path: Path) -> None:
+        from pipelines.loaders.dali import explain_failure
+
+        split = self.damaged(make_shards, tmp_path, 5).split("train")
+        found = explain_failure(RuntimeError("Critical error in pipeline"), split, np.arange(3, 9))
+        assert isinstance(found, ShardError)
+        assert re.search(r"sample 00000005 of \S+train-00000\d\.tar does not decode", str(found))
+
+    def test_dali_does_not_blame_samples_that_decode(self, make_shards: Any) -> None:
+        from pipelines.loaders.dali import explain_failure
+
+        message = "Critical error in pipeline:\nError in CPU operator x\n\nencountered:\n\nout of memory\nCurrent pipeline object"
+        found = explain_failure(RuntimeError(message), make_shards().split("train"), np.arange(8))
+        assert isinstance(found, BackendError)
+        assert str(found) == "DALI failed while decoding: out of memory"
 
 
 def test_auto_takes_resident_for_small_images_and_dali_above() -> None:
