@@ -53,7 +53,7 @@ def main(
     for number, (figure, name) in enumerate(zip(figures, names, strict=True)):
         accuracy = np.array(figure["per_class"], float)[order]
         offset = (number - (len(figures) - 1) / 2) * width
-        axes.bar(positions + offset, accuracy, width, color=COLOURS[number % len(COLOURS)], label=f"{name}: {figure['all']:.1f} % overall")
+        axes.bar(positions + offset, accuracy, width, color=COLOURS[number % len(COLOURS)], label=f"{name}: {figure['all']:.2f} % overall")
     axes.set_xticks(positions, [f"{figures[0]['names'][k]}\n{counts[i]:,}" for i, k in enumerate(order)], fontsize=8)
     axes.set_xlabel("class, and its number of training images")
     axes.set_ylabel("test accuracy, %")
