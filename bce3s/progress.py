@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from bce3s.metrics import Accuracy, format_percent
 
@@ -25,10 +25,13 @@ class TrainingProgress:
         self._console, self._epochs, self._first_epoch = console, epochs, first_epoch
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rates]}"),
             TimeRemainingColumn(),
+            # Last, so that a narrow terminal cuts it short instead of breaking the line.
+            TextColumn(
+                "{task.fields[rates]}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=max(16, console.width - 56))
+            ),
             console=console,
             disable=not console.is_terminal,
             refresh_per_second=4,
