@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,8 +66,7 @@ def _resolve(dataset: str, recipe: str | None, flags: dict[str, Any], settings: 
     from pipelines.config import require_choice
 
     require_choice("dataset", dataset, tuple(DATASETS))
-    config = replace(build_recipe(recipe, dataset), dataset=dataset)
-    return override(config, [f"{path}={value}" for path, value in flags.items()] + settings)
+    return override(build_recipe(recipe, dataset), [f"{path}={value}" for path, value in flags.items()] + settings)
 
 
 def _train(config: TrainConfig, shards: Path, out: Path, *, resume: bool, overwrite: bool) -> None:

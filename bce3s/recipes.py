@@ -6,6 +6,7 @@ A recipe is a starting point: the command line's flags and `--set` change single
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from bce3s.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from pipelines.config import AugmentConfig, DataConfig, require_choice
@@ -102,4 +103,4 @@ def build_recipe(name: str | None, dataset: str) -> TrainConfig:
         require_choice("dataset", dataset, tuple(DEFAULT_RECIPES))
         name = DEFAULT_RECIPES[dataset]
     require_choice("recipe", name, tuple(RECIPES))
-    return RECIPES[name]()
+    return replace(RECIPES[name](), dataset=dataset)

@@ -71,29 +71,33 @@ class TrainingError(UserError):
 
 
 class TermMeans:
-    """Sums loss terms on the device; the host reads them once per log line, never per step."""
+    """Sums the loss terms of one epoch on the device; the host reads them once per log line, never per step."""
 
     def __init__(self) -> None:
         """Empty."""
         self._names: list[str] = []
-        self._sum: Tensor | None = None
-        self._count = 0
+        self._sums_2T = torch.zeros(0)  # since the last read, and over the epoch
+        self._num_recent = self._num_all = 0
 
     def add(self, terms: dict[str, Tensor]) -> None:
-        """Adds one step's terms, float32 [] each."""
-        stacked = torch.stack(list(terms.values()))
-        if self._sum is None or list(terms) != self._names:
-            self._names, self._sum, self._count = list(terms), torch.zeros_like(stacked), 0
-        self._sum += stacked
-        self._count += 1
+        """Adds one step's terms, float32 [] each, under the same names all epoch."""
+        stacked_T = torch.stack(list(terms.values()))
+        if not self._num_all:
+            self._names, self._sums_2T = list(terms), torch.zeros_like(stacked_T).repeat(2, 1)
+        self._sums_2T += stacked_T
+        self._num_recent += 1
+        self._num_all += 1
 
-    def read(self) -> dict[str, float]:
-        """The means since the last read; waits for the device once."""
-        if self._sum is None:
-            return {}
-        values = (self._sum / max(1, self._count)).tolist()
-        self._sum = None
+    def recent(self) -> dict[str, float]:
+        """The means since the last call; waits for the device once."""
+        values = (self._sums_2T[0] / self._num_recent).tolist()
+        self._sums_2T[0] = 0
+        self._num_recent = 0
         return dict(zip(self._names, values, strict=True))
+
+    def epoch(self) -> dict[str, float]:
+        """The means of all steps; waits for the device once."""
+        return dict(zip(self._names, (self._sums_2T[1] / self._num_all).tolist(), strict=True))
 
 
 class Trainer:
@@ -179,7 +183,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, log: RunLog, progress: TrainingProgress) -> dict[str, Any]:
         """One pass over the instance stream; returns the epoch's log line."""
         self.model.train()
-        means, epoch_means = TermMeans(), TermMeans()
+        means = TermMeans()
         started_s = logged_s = time.perf_counter()
         wait_s = logged_wait_s = 0.0
         num_images = logged_images = 0
@@ -190,20 +194,18 @@ class Trainer:
             wait_s += time.perf_counter() - asked_s
             if batch is None:
                 break
-            terms = self.step(batch, self.loaders["train"].num_steps)
-            means.add(terms)
-            epoch_means.add(terms)
+            means.add(self.step(batch, self.loaders["train"].num_steps))
             num_images += batch.num_sources
             progress.advance(epoch)
             if (batch.step + 1) % self.config.log_every == 0:
-                values = self._finite(means.read(), epoch)
+                values = self._finite(means.recent(), epoch)
                 now_s = time.perf_counter()
                 elapsed_s = now_s - logged_s
                 rates = {"images_per_s": (num_images - logged_images) / elapsed_s, "data_wait_share": (wait_s - logged_wait_s) / elapsed_s}
                 log.write({"kind": "step", "epoch": epoch, "step": batch.step, **rates, **values})
                 progress.show_rates(rates["images_per_s"], rates["data_wait_share"], values)
                 logged_s, logged_wait_s, logged_images = now_s, wait_s, num_images
-        values = self._finite(epoch_means.read(), epoch)
+        values = self._finite(means.epoch(), epoch)
         elapsed_s = time.perf_counter() - started_s
         return {
             "epoch": epoch,
@@ -242,11 +244,12 @@ class Trainer:
 
     def _final_result(self, progress: TrainingProgress) -> RunResult:
         last = self._evaluate(self.report_split, progress, flip_tta=True)
-        best_state = load_checkpoint(self.out / BEST_CHECKPOINT, self.placement.device)
-        last_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(best_state["model"])
-        best = self._evaluate(self.report_split, progress)["plain"]
-        self.model.load_state_dict(last_weights)
+        best = last["plain"]
+        if self.state.best_epoch + 1 != self.config.epochs:
+            last_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.model.load_state_dict(load_checkpoint(self.out / BEST_CHECKPOINT, self.placement.device)["model"])
+            best = self._evaluate(self.report_split, progress)["plain"]
+            self.model.load_state_dict(last_weights)
         epochs = [line for line in read_metrics(self.out) if line["kind"] == "epoch"]
         return RunResult(
             last=last["plain"],

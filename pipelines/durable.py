@@ -1,8 +1,9 @@
-"""Files that are whole or absent: written under a temporary name, fsynced, renamed."""
+"""Files and folders that are whole or absent: written under a temporary name, fsynced, renamed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,3 +38,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def publish_folder(finished: Path, out: Path) -> None:
+    """Moves the folder `finished` to `out` beside it; what stood there goes only once the new one is in place."""
+    sync_folder(finished)
+    retired = out.with_name(out.name + ".retired")
+    shutil.rmtree(retired, ignore_errors=True)
+    if out.exists():
+        out.rename(retired)
+    finished.rename(out)
+    shutil.rmtree(retired, ignore_errors=True)
+    sync_folder(out.parent)

@@ -19,6 +19,7 @@ from pipelines.datasets import DatasetOptions
 from pipelines.datasets.demo_scene import FILLS, SHAPES, draw_scene
 from pipelines.datasets.folder import list_classes, read_split
 from pipelines.datasets.longtail import exponential_counts
+from pipelines.durable import publish_folder
 from pipelines.types import SPLITS, DatasetError, JsonValue, OpenDataset
 
 # Raise it with every change of a pixel: folders of another version are drawn anew.
@@ -94,20 +95,15 @@ def draw_folder(folder: Path, spec: DemoSpec) -> None:
     if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise DatasetError(f"{folder} holds something that is not the demo set: choose another folder with --source, or empty it")
     unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    outdated = folder.with_name(f".{folder.name}.outdated-{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         for split_index, (split, counts) in enumerate(spec.counts().items()):
             for class_index, (name, count) in enumerate(counts.items()):
                 _draw_class(unfinished / split / name, (VERSION, spec.seed, split_index, class_index), count)
         (unfinished / MARKER).write_text(json.dumps(_marker(spec), indent=1))
-        # Two renames instead of a removal: a run that dies here leaves no half of a demo set behind.
-        if folder.exists():
-            folder.rename(outdated)
-        unfinished.rename(folder)
+        publish_folder(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(outdated, ignore_errors=True)
 
 
 def _draw_class(folder: Path, key: tuple[int, ...], count: int) -> None:

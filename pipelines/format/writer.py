@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.config import require, require_choice
-from pipelines.durable import sync_folder, write_atomically
+from pipelines.durable import publish_folder, write_atomically
 from pipelines.format.encoding import prepare_sample
 from pipelines.format.index import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, MANIFEST_FILE, index_file, sha256_file, shard_file
 from pipelines.types import SPLITS, DatasetError, EncodedSample, IntArray, OpenDataset, ShardError, Split
@@ -106,7 +106,7 @@ def write_shards(
                 "num_skipped": len(report.skipped),
             }
             write_atomically(partial / MANIFEST_FILE, (json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
-            _publish(partial, out)
+            publish_folder(partial, out)
     except OSError as error:
         raise ShardError(f"cannot write shards to {out}: {error.strerror or error}; nothing was left under that name") from error
     return report
@@ -141,19 +141,6 @@ def _partial_folder(out: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             lock_path.unlink(missing_ok=True)
-
-
-def _publish(partial: Path, out: Path) -> None:
-    sync_folder(partial)
-    if out.exists():
-        retired = out.with_name(out.name + ".retired")
-        shutil.rmtree(retired, ignore_errors=True)
-        out.rename(retired)
-        partial.rename(out)
-        shutil.rmtree(retired)
-    else:
-        partial.rename(out)
-    sync_folder(out.parent)
 
 
 def _prepared_samples(split: Split, order_N: IntArray, options: WriteOptions, report: WriteReport) -> Iterator[_Prepared | None]:
