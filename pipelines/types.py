@@ -17,7 +17,7 @@ Errors, each one sentence that names the path and the next step:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,22 +66,38 @@ class EncodedSample:
 class Split:
     """One split of a data set, not yet decoded.
 
-    `labels_N`: int64 [N], 0 ≤ label < K. `read(i)` returns sample i; it is called from several threads at once
-    and raises `DatasetError` naming the file where it cannot be read.
+    Args:
+        labels_N: int64 [N], 0 ≤ label < K.
+        sources: N names for messages (a path, file#row, archive!member), what `EncodedSample.source` of sample i will say.
+        read: gives sample i; called from several threads and forked processes at once, so it holds no open file that has a position.
+            Raises `DatasetError` naming the file where it cannot be read. Not called where the data set has a `stream`.
     """
 
     labels_N: IntArray
+    sources: Sequence[str]
     read: Callable[[int], EncodedSample]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenDataset:
-    """A data set ready to be sharded: `splits` maps each of `SPLITS` to a `Split` (which may be empty, N = 0)."""
+    """A data set ready to be sharded.
+
+    Args:
+        name: its entry in `DATASETS`.
+        class_names: K names; label k is class_names[k].
+        splits: each of `SPLITS` -> a `Split`, which may be empty (N = 0).
+        options: what it was opened with, for the manifest.
+        stream: where the source can only be read from front to back (a compressed archive): yields (split, i, sample) for every sample of
+            every split once, in the source's own order; None where `Split.read` takes samples in any order.
+        complaints: sentences on what is unlike the published data set (another number of images, say) but can be worked with.
+    """
 
     name: str
     class_names: tuple[str, ...]
     splits: Mapping[str, Split]
     options: Mapping[str, JsonValue] = field(default_factory=dict)
+    stream: Callable[[], Iterator[tuple[str, int, EncodedSample]]] | None = None
+    complaints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

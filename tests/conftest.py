@@ -63,7 +63,7 @@ def small_dataset(counts: dict[str, list[int]], size: tuple[int, int] | None, ex
             pixels = picture(int(labels[i]), number, height, width)
             return EncodedSample(encoded=encode(pixels, extension), extension=extension, label=int(labels[i]), source=f"{split_name}#{i}")
 
-        return Split(labels_N=labels, read=read)
+        return Split(labels_N=labels, sources=[f"{split_name}#{i}" for i in range(len(labels))], read=read)
 
     class_names = tuple(f"class-{k}" for k in range(len(counts["train"])))
     return OpenDataset(name=name, class_names=class_names, splits={s: split(s) for s in SPLITS}, options={})

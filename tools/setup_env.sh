@@ -54,7 +54,7 @@ install_project() {
     rm -f $ffcv_done $ffcv_failed # other versions: FFCV is looked at anew
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
     # pip leaves things as they were when it fails (no network, say), so that is no reason to start over; a kill is.
-    .venv/bin/python -m pip install -e ".[dev,report]" || {
+    .venv/bin/python -m pip install -e ".[dev]" || {
         rm $busy
         die "The installation failed for the reason above: 'make env' tries again, 'make clean-env' comes before starting from nothing."
     }

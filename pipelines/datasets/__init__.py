@@ -42,7 +42,8 @@ class DatasetOptions:
     """What can be asked of a data set; None is the data set's own default.
 
     Args:
-        source: folder that holds the images, or the folder above it.
+        source: folder that holds the images, or the folder above it; an archive where the data set is published as one.
+        lists: folder of the published split lists or annotations.
         imbalance_factor: largest/smallest class of the exponential train profile, at least 1.
         subset: which images of a class the profile keeps: "first" in file order, or "seeded".
         seed: of every draw, at least 0.
@@ -51,6 +52,7 @@ class DatasetOptions:
     """
 
     source: Path | None = None
+    lists: Path | None = None
     imbalance_factor: float | None = None
     subset: str | None = None
     seed: int | None = None

@@ -173,4 +173,4 @@ def _split(images: _Images, rows: IntArray) -> Split:
         Image.fromarray(image_HWC).save(file, "PNG", compress_level=6)
         return EncodedSample(encoded=file.getvalue(), extension="png", label=int(labels_N[position]), source=sources[position])
 
-    return Split(labels_N=labels_N, read=read)
+    return Split(labels_N=labels_N, sources=sources, read=read)

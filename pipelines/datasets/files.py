@@ -33,4 +33,4 @@ def file_split(paths: Sequence[str], labels_N: IntArray) -> Split:
         extension = path.suffix[1:].lower().replace("jpeg", "jpg")
         return EncodedSample(encoded=encoded, extension=extension, label=int(labels_N[position]), source=str(path))
 
-    return Split(labels_N=labels_N.astype(np.int64), read=read)
+    return Split(labels_N=labels_N.astype(np.int64), sources=paths, read=read)

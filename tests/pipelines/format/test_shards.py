@@ -36,6 +36,7 @@ def dataset_of(samples: list[tuple[bytes, int]]) -> OpenDataset:
         labels = np.array([label for _, label in samples], np.int64)
         return Split(
             labels_N=labels,
+            sources=[f"{name}/image-{i}.jpg" for i in range(len(labels))],
             read=lambda i: EncodedSample(encoded=samples[i][0], extension="jpg", label=int(labels[i]), source=f"{name}/image-{i}.jpg"),
         )
 
@@ -84,7 +85,7 @@ class TestRoundTrip:
 
     def test_an_empty_split_is_written_and_read(self, tmp_path: Path) -> None:
         dataset = dataset_of(good_samples())
-        dataset = replace(dataset, splits={**dataset.splits, "val": Split(labels_N=np.zeros(0, np.int64), read=dataset.splits["val"].read)})
+        dataset = replace(dataset, splits={**dataset.splits, "val": replace(dataset.splits["val"], labels_N=np.zeros(0, np.int64), sources=[])})
         orders = {name: np.arange(len(split.labels_N)) for name, split in dataset.splits.items()}
         write_shards(dataset, orders, tmp_path / "out", WriteOptions())
         assert len(open_shards(tmp_path / "out").split("val")) == 0
