@@ -38,7 +38,7 @@ DIRECT = [
     for text in (
         *PYPROJECT["build-system"]["requires"],
         *PYPROJECT["project"]["dependencies"],
-        *(text for extra in PYPROJECT["project"]["optional-dependencies"].values() for text in extra),
+        *(text for extra in PYPROJECT["project"]["optional-dependencies"].values() for text in extra if not text.startswith("bce3s[")),
     )
 ]
 
