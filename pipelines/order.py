@@ -18,7 +18,7 @@ import numba
 import numpy as np
 
 from pipelines.config import OrderConfig
-from pipelines.randomness import FloatArray, Purpose, derive_key, permutation, position_keys, uniforms
+from pipelines.randomness import FloatArray, Purpose, derive_key, key_at, permutation, position_keys, uniform_at, uniforms
 from pipelines.types import IntArray
 
 INSTANCE, PARTNER = 0, 1
@@ -65,13 +65,82 @@ def _systematic_draws(
     return drawn[:position]
 
 
+@numba.njit(cache=True)
+def _independent_draws(
+    key: np.uint64, cumulative_K: FloatArray, starts_K: IntArray, counts_K: IntArray, samples_N: IntArray, length: int
+) -> IntArray:
+    """Draw i takes two uniforms of the key at position i: one for the class, one for the sample within it."""
+    num_classes, total = len(cumulative_K), cumulative_K[-1]
+    # first_K[b]: the first class whose cumulative probability reaches cell b of K equal ones. Rounding is monotone, so no class before it
+    # can hold a point of that cell, and the search from there takes two steps on average where bisection takes log2 K.
+    cells_per_unit = num_classes / total
+    first_K = np.empty(num_classes, np.int64)
+    label = 0
+    for cell in range(num_classes):
+        while label < num_classes - 1 and int(cumulative_K[label] * cells_per_unit) < cell:
+            label += 1
+        first_K[cell] = label
+    drawn = np.empty(length, np.int64)
+    for position in range(length):
+        draw_key = key_at(key, position)
+        point = uniform_at(draw_key, 0) * total
+        label = first_K[min(int(point * cells_per_unit), num_classes - 1)]
+        while cumulative_K[label] <= point:
+            label += 1
+        drawn[position] = samples_N[starts_K[label] + np.int64(uniform_at(draw_key, 1) * counts_K[label])]
+    return drawn
+
+
 @dataclass(frozen=True)
-class _ClassTable:
+class ClassTable:
     """Samples grouped by class: class k owns samples_N[starts_K[k] : starts_K[k] + counts_K[k]]."""
 
     samples_N: IntArray
     starts_K: IntArray
     counts_K: IntArray
+
+    @classmethod
+    def of(cls, labels_N: IntArray, num_classes: int) -> ClassTable:
+        """Groups the samples of int [N] labels in 0…K−1 by class, by id within a class; O(N)."""
+        counts_K = np.bincount(labels_N, minlength=num_classes).astype(np.int64)
+        starts_K = np.concatenate([[0], np.cumsum(counts_K)[:-1]]).astype(np.int64)
+        return cls(np.argsort(labels_N, kind="stable").astype(np.int64), starts_K, counts_K)
+
+
+def draw_samples(table: ClassTable, config: OrderConfig, key: int, length: int, epoch: int = 0) -> IntArray:
+    """Draws by class probability, uniformly within a class.
+
+    Args:
+        table: at least one sample.
+        config: how classes weigh, and whether draws are independent or systematic.
+        key: all randomness is a function of it, see `derive_key`.
+        length: E, the number of draws; need not be N.
+        epoch: where "progressive" stands; nothing else reads it.
+
+    Returns:
+        int64 [E] sample ids in random order. "systematic": class counts within one of E·q_k, and the samples of a class are used equally
+        often to within one.
+    """
+    probabilities_K = class_probabilities(table.counts_K, config, epoch)
+    if config.draw == "independent":
+        independent_E: IntArray = _independent_draws(
+            np.uint64(key), np.cumsum(probabilities_K), table.starts_K, table.counts_K, table.samples_N, length
+        )
+        return independent_E
+    draws = uniforms(position_keys(key, np.arange(len(probabilities_K) + 1, dtype=np.int64)), 1)[:, 0]
+    # Only classes with images take part, so that rounding in the last quota cannot ask an empty one for a sample.
+    present = np.flatnonzero(table.counts_K > 0)
+    drawn_E = _systematic_draws(
+        probabilities_K[present] * length,
+        draws[-1],
+        table.starts_K[present],
+        table.counts_K[present],
+        table.samples_N,
+        draws[present],
+        length,
+    )
+    shuffled_E: IntArray = drawn_E[permutation(key, length)]
+    return shuffled_E
 
 
 class SampleOrder:
@@ -87,13 +156,11 @@ class SampleOrder:
 
     def __init__(self, labels_N: IntArray, num_classes: int, batch_size: int, seed: int, config: OrderConfig) -> None:
         """Groups the samples by class; O(N) once."""
-        counts_K = np.bincount(labels_N, minlength=num_classes).astype(np.int64)
-        starts_K = np.concatenate([[0], np.cumsum(counts_K)[:-1]]).astype(np.int64)
         self.num_samples = len(labels_N)
         self.batch_size = batch_size
         self.seed = seed
         self.config = config
-        self._table = _ClassTable(np.argsort(labels_N, kind="stable").astype(np.int64), starts_K, counts_K)
+        self._table = ClassTable.of(labels_N, num_classes)
 
     @property
     def num_steps(self) -> int:
@@ -108,37 +175,7 @@ class SampleOrder:
     def partner_epoch(self, epoch: int) -> IntArray:
         """int64 [N]: draws with replacement by class probability, uniform within a class."""
         key = derive_key(self.seed, epoch, PARTNER, Purpose.ORDER)
-        probabilities_K = class_probabilities(self._table.counts_K, self.config, epoch)
-        if self.config.draw == "systematic":
-            return self._systematic(key, probabilities_K)
-        return self._independent(key, probabilities_K)
-
-    def _independent(self, key: int, probabilities_K: FloatArray) -> IntArray:
-        table = self._table
-        draws_N2 = uniforms(position_keys(key, np.arange(self.num_samples, dtype=np.int64)), 2)
-        cumulative_K = np.cumsum(probabilities_K)
-        label_N = np.searchsorted(cumulative_K, draws_N2[:, 0] * cumulative_K[-1], side="right")
-        within_N = (draws_N2[:, 1] * table.counts_K[label_N]).astype(np.int64)
-        drawn_N: IntArray = table.samples_N[table.starts_K[label_N] + within_N]
-        return drawn_N
-
-    def _systematic(self, key: int, probabilities_K: FloatArray) -> IntArray:
-        table = self._table
-        draws = uniforms(position_keys(key, np.arange(len(probabilities_K) + 1, dtype=np.int64)), 1)[:, 0]
-        # Classes without images end the list, so that rounding in the last quota cannot ask one of them for a sample.
-        order_K = np.argsort(table.counts_K == 0, kind="stable")
-        order_K = order_K[: int((table.counts_K > 0).sum())]
-        drawn_N = _systematic_draws(
-            probabilities_K[order_K] * self.num_samples,
-            draws[-1],
-            table.starts_K[order_K],
-            table.counts_K[order_K],
-            table.samples_N,
-            draws[order_K],
-            self.num_samples,
-        )
-        shuffled: IntArray = drawn_N[permutation(key, self.num_samples)]
-        return shuffled
+        return draw_samples(self._table, self.config, key, self.num_samples, epoch)
 
     def step_positions(self, step: int, rank: int = 0, world_size: int = 1) -> IntArray:
         """int64 [B]: positions in the epoch that `rank` reads at `step`; ranks split a batch evenly, the last one too (to within one)."""

@@ -34,6 +34,7 @@ class Purpose(enum.IntEnum):
     CLASS_SUBSET = 6
     SYNTHETIC = 7
     SHARD_ORDER = 8
+    RESAMPLING = 9
 
 
 def _mix(value: int) -> int:
@@ -70,15 +71,32 @@ def uniforms(keys: KeyArray, count: int) -> FloatArray:
 
 
 @numba.njit(cache=True)
+def mix_word(value: np.uint64) -> np.uint64:
+    """The mixer for one uint64, for compiled loops; equal to `_mix` and `_mix_array`."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(_FACTOR_1)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(_FACTOR_2)
+    return value ^ (value >> np.uint64(31))
+
+
+@numba.njit(cache=True)
+def uniform_at(key: np.uint64, counter: int) -> float:
+    """float64 in [0, 1): number `counter` (from 0) of `key`, for compiled loops; equal to `uniforms(key, counter + 1)[counter]`."""
+    bits = mix_word(key + np.uint64(counter + 1) * np.uint64(_GOLDEN)) >> np.uint64(11)
+    return np.float64(bits) * (1.0 / 9007199254740992.0)
+
+
+@numba.njit(cache=True)
+def key_at(base_key: np.uint64, position: int) -> np.uint64:
+    """One key of `position_keys`, for compiled loops."""
+    return mix_word(np.uint64(position + 1) * np.uint64(_GOLDEN) + base_key)
+
+
+@numba.njit(cache=True)
 def _fisher_yates(key: np.uint64, count: int) -> IntArray:
     order = np.arange(count)
     for last in range(count - 1, 0, -1):
-        value = key + np.uint64(last) * np.uint64(_GOLDEN)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(_FACTOR_1)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(_FACTOR_2)
-        value = value ^ (value >> np.uint64(31))
         # 53 bits are far more than any data set has samples, so the bias of this reduction is below 1e-9.
-        chosen = np.int64(np.float64(value >> np.uint64(11)) * (1.0 / 9007199254740992.0) * (last + 1))
+        chosen = np.int64(uniform_at(key, last - 1) * (last + 1))
         order[last], order[chosen] = order[chosen], order[last]
     return order
 
