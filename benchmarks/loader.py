@@ -26,8 +26,9 @@ from nvidia.dali import Pipeline, fn, types
 
 from bce3s.cli import run_app
 from pipelines.config import AugmentConfig, DataConfig
+from pipelines.conversion import WriteOptions, write_shards
 from pipelines.datasets import DatasetOptions, open_dataset
-from pipelines.format import ShardSet, WriteOptions, open_shards, write_shards
+from pipelines.format import ShardSet, open_shards
 from pipelines.loaders import build_loader
 from pipelines.types import DatasetError
 

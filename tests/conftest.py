@@ -12,7 +12,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from pipelines.format import ShardSet, WriteOptions, open_shards, write_shards
+from pipelines.conversion import ExecutorOptions, WriteOptions, write_shards
+from pipelines.format import ShardSet, open_shards
 from pipelines.types import SPLITS, EncodedSample, OpenDataset, Split
 
 # Small tensors gain nothing from a second thread, and on a busy machine its barriers cost tenfold. Sums in one order also let runs be
@@ -90,7 +91,7 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
             rng = np.random.default_rng(0)
             orders = {s: rng.permutation(len(dataset.splits[s].labels_N)).astype(np.int64) for s in SPLITS}
             out = tmp_path_factory.mktemp("shards") / name
-            write_shards(dataset, orders, out, WriteOptions(shard_bytes=shard_bytes))
+            write_shards(dataset, orders, out, WriteOptions(shard_bytes=shard_bytes, executor=ExecutorOptions(num_processes=1)))
             made[key] = open_shards(out)
         return made[key]
 

@@ -1,29 +1,136 @@
-"""Convert a data set of images into WebDataset shards with manifest and index (format: shards/README.md).
+"""Convert a data set of images into WebDataset shards with manifest and index, and on request FFCV files and class-balanced streams.
 
-python tools/make_shards.py --dataset cifar100-lt --source DIR --out shards/cifar100-lt
+python tools/make_shards.py --dataset inat18 --source ~/inat2018 --out shards/inat18      (format: shards/README.md)
+python tools/make_shards.py merge --out shards/inat18                                     (after --part 1/8 … --part 8/8)
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bce3s.cli import run_app
-from pipelines.config import require_choice
+from pipelines.config import require, require_choice
+from pipelines.conversion import (
+    EXECUTORS,
+    FORMATS,
+    RESAMPLINGS,
+    ExecutorOptions,
+    Resampling,
+    WriteOptions,
+    WriteReport,
+    estimate_work,
+    merge_parts,
+    write_shards,
+)
 from pipelines.datasets import DATASETS, DatasetOptions, open_dataset, shot_groups
-from pipelines.format import WriteOptions, WriteReport, write_shards
+from pipelines.format import PixelOptions
 from pipelines.randomness import Purpose, derive_key, permutation
-from pipelines.types import SPLITS, ConfigError, IntArray, OpenDataset
+from pipelines.store import is_remote
+from pipelines.types import SPLITS, ConfigError, DatasetError, IntArray, OpenDataset
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_QUALITY_RESIZED, _QUALITY_KEPT = 90, 95
+_SHOWN_SENTENCES = 20
+
+Option = typer.Option
+_SOURCE, _PIXELS, _BALANCE, _RUN = "Source", "Output", "Class-balanced resampling", "How it runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options of the command line, by the names typed."""
+
+    dataset: Annotated[str | None, Option(help=f"One of: {', '.join(DATASETS)}.", rich_help_panel=_SOURCE)] = None
+    source: Annotated[Path | None, Option(help="Folder or archive of the original data.", rich_help_panel=_SOURCE)] = None
+    lists: Annotated[Path | None, Option(help="Folder of the published lists or annotations.", rich_help_panel=_SOURCE)] = None
+    imbalance_factor: Annotated[float | None, Option(help="Largest class over smallest, at least 1.", rich_help_panel=_SOURCE)] = None
+    subset: Annotated[str | None, Option(help="Images of a class that are kept: first or seeded.", rich_help_panel=_SOURCE)] = None
+    val_per_class: Annotated[int | None, Option(help="Training images a class set aside for val.", rich_help_panel=_SOURCE)] = None
+    val_fraction: Annotated[float | None, Option(help="Share of train for val where there is none.", rich_help_panel=_SOURCE)] = None
+    test_fraction: Annotated[float | None, Option(help="Share of train for test where there is none.", rich_help_panel=_SOURCE)] = None
+    strict: Annotated[bool, Option("--strict", help="Refuse a set unlike the published one.", rich_help_panel=_SOURCE)] = False
+    limit: Annotated[int | None, Option(help="At most so many images of each split.", rich_help_panel=_SOURCE)] = None
+
+    out: Annotated[str | None, Option(help="Folder or fsspec URL; default shards/DATASET.", rich_help_panel=_PIXELS)] = None
+    format: Annotated[str, Option(help="wds, or wds,ffcv for .beton files as well.", rich_help_panel=_PIXELS)] = "wds"
+    keep: Annotated[bool, Option("--keep", help="Keep the bytes of plain JPEG and PNG (the default).", rich_help_panel=_PIXELS)] = False
+    min_side: Annotated[int | None, Option(help="Shrink so that the shorter side is this.", rich_help_panel=_PIXELS)] = None
+    max_side: Annotated[int | None, Option(help="Shrink so that the longer side is this.", rich_help_panel=_PIXELS)] = None
+    quality: Annotated[
+        int | None, Option(help=f"Of JPEGs written; {_QUALITY_RESIZED} shrunk, else {_QUALITY_KEPT}.", rich_help_panel=_PIXELS)
+    ] = None
+    no_validate: Annotated[bool, Option("--no-validate", help="Believe the headers of plain JPEGs.", rich_help_panel=_PIXELS)] = False
+    shard_bytes: Annotated[str, Option(help="What a shard holds, about.", rich_help_panel=_PIXELS)] = "256MiB"
+    seed: Annotated[int, Option(help="Of subset, splits, order and resampling.", rich_help_panel=_PIXELS)] = 0
+
+    resample: Annotated[list[str] | None, Option(help=f"{', '.join(RESAMPLINGS)}; may be repeated.", rich_help_panel=_BALANCE)] = None
+    resample_exponent: Annotated[float, Option(help="p of power: n^(-p).", rich_help_panel=_BALANCE)] = 1.0
+    effective_number_beta: Annotated[float, Option(help="β of effective-number.", rich_help_panel=_BALANCE)] = 0.999
+    balanced_epoch_size: Annotated[int | None, Option(help="Draws; default as many as train.", rich_help_panel=_BALANCE)] = None
+    materialise: Annotated[bool, Option("--materialise", help="Copy the draws into tars.", rich_help_panel=_BALANCE)] = False
+
+    processes: Annotated[int | None, Option(help="Default: one a core.", rich_help_panel=_RUN)] = None
+    threads: Annotated[int | None, Option(help="Of each process; more hide a slow disk.", rich_help_panel=_RUN)] = None
+    executor: Annotated[str, Option(help=f"{' or '.join(EXECUTORS)} (RAY_ADDRESS).", rich_help_panel=_RUN)] = "local"
+    part: Annotated[str | None, Option(help="I/N: convert every N-th shard only; then merge.", rich_help_panel=_RUN)] = None
+    on_error: Annotated[str, Option(help="stop at an image that does not decode, or skip it.", rich_help_panel=_RUN)] = "stop"
+    resume: Annotated[bool, Option("--resume", help="Continue a killed conversion.", rich_help_panel=_RUN)] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing output.", rich_help_panel=_RUN)] = False
+    dry_run: Annotated[bool, Option("--dry-run", help="Counts, bytes, time; write nothing.", rich_help_panel=_RUN)] = False
+
+    def dataset_options(self) -> DatasetOptions:
+        """What the data set is opened with."""
+        own = {field.name for field in fields(DatasetOptions)}
+        return DatasetOptions(**{name: value for name, value in vars(self).items() if name in own})
+
+    def write_options(self) -> WriteOptions:
+        """How its shards are written."""
+        require(not (self.keep and (self.min_side or self.max_side)), "--keep and shrinking exclude each other: drop one of them")
+        shrunk = self.min_side is not None or self.max_side is not None
+        streams = [
+            Resampling(
+                sampling=sampling,
+                exponent=self.resample_exponent,
+                beta=self.effective_number_beta,
+                epoch_size=self.balanced_epoch_size,
+                seed=self.seed,
+                materialised=self.materialise,
+            )
+            for sampling in self.resample or ()
+        ]
+        require(bool(streams) or not self.materialise, "--materialise copies a resampled stream: say which with --resample")
+        require(bool(streams) or self.balanced_epoch_size is None, "--balanced-epoch-size needs --resample")
+        hands = {"executor": self.executor} | ({"num_processes": self.processes} if self.processes is not None else {})
+        return WriteOptions(
+            shard_bytes=parse_bytes(self.shard_bytes),
+            pixels=PixelOptions(
+                min_side=self.min_side,
+                max_side=self.max_side,
+                quality=self.quality if self.quality is not None else _QUALITY_RESIZED if shrunk else _QUALITY_KEPT,
+                validate=not self.no_validate,
+            ),
+            on_error=self.on_error,
+            formats=parse_formats(self.format),
+            resamplings=tuple(streams),
+            overwrite=self.overwrite,
+            resume=self.resume,
+            part=parse_part(self.part),
+            executor=ExecutorOptions(**hands),  # type: ignore[arg-type]
+            num_threads=self.threads,
+        )
 
 
 def parse_bytes(text: str) -> int:
@@ -32,7 +139,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: not a number with one of the known units.
     """
-    digits = text.strip().rstrip("BbKkMmGgIi")
+    digits = text.strip().rstrip("BbKkMmGgTtIi")
     unit = text.strip()[len(digits) :].lower()
     unit = unit if unit in _UNITS else unit.removesuffix("b")
     try:
@@ -41,97 +148,189 @@ def parse_bytes(text: str) -> int:
         raise ConfigError(f"'{text}' is not a size; write bytes or a number with a unit, such as 256MiB or 1G") from None
 
 
-def write_orders(dataset: OpenDataset, seed: int) -> dict[str, IntArray]:
-    """The training split shuffled by `seed`, so that sequential readers see mixed classes; the others as they come."""
-    orders = {name: np.arange(len(dataset.splits[name].labels_N), dtype=np.int64) for name in SPLITS}
-    orders["train"] = permutation(derive_key(seed, Purpose.SHARD_ORDER), len(orders["train"]))
+def parse_formats(text: str) -> tuple[str, ...]:
+    """('wds', 'ffcv') of 'wds,ffcv'; tars and index are always made, for a beton shares them."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names or (text,):
+        require_choice("format", name, FORMATS)
+    return names
+
+
+def parse_part(text: str | None) -> tuple[int, int] | None:
+    """(2, 8) of '2/8'."""
+    if text is None:
+        return None
+    number, _, parts = text.partition("/")
+    require(number.isdecimal() and parts.isdecimal() and int(parts) > 0, f"'{text}' is not a part; write I/N, such as 2/8")
+    return int(number), int(parts)
+
+
+def write_orders(dataset: OpenDataset, seed: int, limit: int | None) -> dict[str, IntArray]:
+    """The training split shuffled by `seed`, so that sequential readers see mixed classes; the others as they come.
+
+    With `limit`, at most so many of each: a random choice.
+    """
+    orders = {}
+    for number, name in enumerate(SPLITS):
+        size = len(dataset.splits[name].labels_N)
+        order_N = np.arange(size, dtype=np.int64)
+        if name == "train" or (limit is not None and limit < size):
+            order_N = permutation(derive_key(seed, Purpose.SHARD_ORDER, *([number] if number else [])), size)[:limit]
+        orders[name] = order_N if name == "train" else np.sort(order_N)
     return orders
 
 
-def _require_apart(source: Path | None, out: Path) -> None:
-    """Neither of both folders may lie in the other: --overwrite removes one of them."""
-    if source is not None and (source.resolve() in (out.resolve(), *out.resolve().parents) or out.resolve() in source.resolve().parents):
+def require_apart(source: Path | None, out: str) -> None:
+    """Neither of both may lie in the other: --overwrite removes one of them."""
+    if source is None or is_remote(out):
+        return
+    here, there = source.resolve(), Path(out.removeprefix("file://")).resolve()
+    if here in (there, *there.parents) or there in here.parents:
         raise ConfigError(f"--out {out} and --source {source} lie in one another; choose another --out")
 
 
-def print_report(console: Console, dataset: OpenDataset, report: WriteReport, out: Path) -> None:
+class StageProgress:
+    """A bar for each stage of a conversion: images, MB, rates, what was skipped, time left."""
+
+    def __init__(self, console: Console) -> None:
+        """Shows nothing until the first stage reports."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[rates]}"),
+        )
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=5)
+        self._tasks: dict[str, TaskID] = {}
+        self._first: dict[str, tuple[int, float]] = {}
+
+    def __call__(self, stage: str, total: int, images: int, num_bytes: int, skipped: int) -> None:
+        """Takes running totals of `stage`."""
+        if stage not in self._tasks:
+            if not self.bars.live.is_started and not self.bars.disable:
+                self.bars.start()  # its thread must not exist before the workers are forked
+            self._tasks[stage] = self.bars.add_task(stage, total=total, rates="")
+            self._first[stage] = images, self.bars.get_time()
+        first, started_s = self._first[stage]
+        elapsed_s = max(self.bars.get_time() - started_s, 1e-3)
+        rates = f"{(images + skipped - first) / elapsed_s:,.0f} images/s"
+        rates += f" {num_bytes / 1e6 / elapsed_s:,.0f} MB/s" if num_bytes else ""
+        rates += f" {skipped:,} skipped" if skipped else ""
+        self.bars.update(self._tasks[stage], completed=images + skipped, rates=rates)
+
+
+@contextmanager
+def shown_progress(console: Console) -> Iterator[StageProgress]:
+    """Bars that are gone from the terminal's hands when the block ends, however it ends."""
+    progress = StageProgress(console)
+    try:
+        yield progress
+    except KeyboardInterrupt:
+        progress.bars.stop()
+        print("interrupted: finished shards are kept; the same command with --resume continues", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        progress.bars.stop()
+
+
+def print_report(console: Console, name: str, report: WriteReport, out: str) -> None:
     """A table of the splits, then what was re-encoded and skipped."""
     counts_K = report.class_counts["train"]
     filled_K = counts_K[counts_K > 0]
-    table = Table(title=f"{dataset.name}: {len(dataset.class_names)} classes", title_justify="left")
-    for column in ("split", "images"):
-        table.add_column(column, justify="left" if column == "split" else "right")
-    for name in SPLITS:
-        table.add_row(name, f"{int(report.class_counts[name].sum()):,}")
+    table = Table(title=f"{name}: {len(counts_K)} classes", title_justify="left")
+    table.add_column("split")
+    table.add_column("images", justify="right")
+    for split in SPLITS:
+        table.add_row(split, f"{int(report.class_counts[split].sum()):,}")
+    for stream in report.resampled:
+        table.add_row(f"train, {stream['name']}" + (", in tars" if stream["materialised"] else ""), f"{stream['epoch_size']:,}")
     console.print(table)
-    groups = ", ".join(f"{int(members.sum())} {name}" for name, members in shot_groups(counts_K).items())
+    groups = ", ".join(f"{int(members.sum())} {group}" for group, members in shot_groups(counts_K).items())
     factor = filled_K.max() / filled_K.min()
     console.print(
         f"training images a class: {filled_K.max():,} … {filled_K.min():,} (imbalance factor {factor:.0f}); shot groups: {groups}"
     )
     if report.num_reencoded:
-        console.print(f"{report.num_reencoded:,} images were re-encoded as upright RGB JPEG")
-    for sentence in report.skipped[:20]:
-        console.print(f"skipped: {sentence}", soft_wrap=True)
-    if report.skipped:
-        console.print(f"{len(report.skipped):,} images skipped because they do not decode")
-    console.print(f"shards: {out}", soft_wrap=True)
+        console.print(f"{report.num_reencoded:,} images were shrunk or re-encoded")
+    for sentence in report.skipped[:_SHOWN_SENTENCES]:
+        console.print(f"skipped: {sentence}", soft_wrap=True, markup=False)
+    if report.num_skipped:
+        console.print(f"{report.num_skipped:,} images skipped because they do not decode")
+    console.print(f"shards: {out}", soft_wrap=True, markup=False)
 
 
-@app.command()
-def make_shards(
-    dataset: Annotated[str, typer.Option(help=f"One of: {', '.join(DATASETS)}.")],
-    out: Annotated[Path | None, typer.Option(help="Output folder; default shards/DATASET.")] = None,
-    source: Annotated[Path | None, typer.Option(help="Folder of the original data.")] = None,
-    imbalance_factor: Annotated[float | None, typer.Option(help="Largest class over smallest, at least 1.")] = None,
-    subset: Annotated[str | None, typer.Option(help="first (as the reference) or seeded: which images of a class are kept.")] = None,
-    val_per_class: Annotated[int | None, typer.Option(help="Training images a class set aside for validation.")] = None,
-    val_fraction: Annotated[float | None, typer.Option(help="Share of a folder's images for validation where it has none.")] = None,
-    test_fraction: Annotated[float | None, typer.Option(help="Share of a folder's images for test where it has none.")] = None,
-    seed: Annotated[int, typer.Option(help="Of subset, splits and the order in the shards.")] = 0,
-    shard_bytes: Annotated[str, typer.Option(help="A shard is closed at this size.")] = "256MiB",
-    on_error: Annotated[str, typer.Option(help="stop at an image that does not decode, or skip it.")] = "stop",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
-) -> None:
-    """Convert a data set of images into shards."""
-    require_choice("dataset", dataset, tuple(DATASETS))
-    options = WriteOptions(shard_bytes=parse_bytes(shard_bytes), on_error=on_error, overwrite=overwrite)
+def print_estimate(console: Console, dataset: OpenDataset, orders: dict[str, IntArray], options: WriteOptions) -> None:
+    """What a dry run says."""
+    estimate = estimate_work(dataset, orders, options)
+    num_samples = {split: len(order_N) for split, order_N in orders.items()}
+    table = Table(title=f"{dataset.name}: {len(dataset.class_names)} classes, dry run", title_justify="left")
+    for column in ("split", "images", "GB", "shards"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, num in num_samples.items():
+        num_bytes = num * estimate.sample_bytes[split]
+        table.add_row(split, f"{num:,}", f"{num_bytes / 1e9:.3g}", f"{-(-num_bytes // options.shard_bytes):,.0f}")
+    console.print(table)
+    num_bytes, work_s = estimate.total(num_samples)
+    processes = options.executor.num_processes
+    console.print(f"about {num_bytes / 1e9:.3g} GB in {work_s / processes / 60:.1f} min with {processes} processes; nothing was written")
+
+
+def convert(request: Request) -> None:
+    """Converts what `request` names."""
+    require(request.dataset is not None, f"--dataset is missing; known: {', '.join(DATASETS)}")
+    name = request.dataset or ""
+    require_choice("dataset", name, tuple(DATASETS))
+    require(request.limit is None or request.limit >= 1, f"--limit must be at least 1, not {request.limit}")
+    options = request.write_options()
+    out = request.out or str(Path("shards") / name)
+    require_apart(request.source, out)
     console = Console()
-    _require_apart(source, out or Path("shards") / dataset)
-    folder = out or Path("shards") / dataset
-    with console.status(f"opening {dataset}"):  # the demo set is drawn here, large folders are listed here
-        opened = open_dataset(
-            dataset,
-            DatasetOptions(
-                source=source,
-                imbalance_factor=imbalance_factor,
-                subset=subset,
-                seed=seed,
-                val_per_class=val_per_class,
-                val_fraction=val_fraction,
-                test_fraction=test_fraction,
-            ),
-        )
-    total = sum(len(split.labels_N) for split in opened.splits.values())
-    columns = (
-        TextColumn("{task.description:>5}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[size]}"),
-        TimeRemainingColumn(),
-    )
-    num_bytes = 0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("train", total=total, size="")
+    with console.status(f"opening {name}"):  # the demo set is drawn here, large folders are listed here
+        opened = open_dataset(name, request.dataset_options())
+    for sentence in opened.complaints:
+        if request.strict:
+            raise DatasetError(f"{sentence} (--strict)")
+        print(f"warning: {sentence}", file=sys.stderr)
+    recorded = {"seed": request.seed} | ({"limit": request.limit} if request.limit is not None else {})
+    opened = replace(opened, options={**opened.options, **recorded})
+    orders = write_orders(opened, request.seed, request.limit)
+    if request.dry_run:
+        print_estimate(console, opened, orders, options)
+        return
+    with shown_progress(console) as progress:
+        report = write_shards(opened, orders, out, options, progress)
+    if report is None:
+        console.print(f"part {request.part} of {out} is done; when all are: make_shards.py merge --out {out}", soft_wrap=True, markup=False)
+    else:
+        print_report(console, name, report, out)
 
-        def on_sample(split: str, size: int) -> None:
-            nonlocal num_bytes
-            num_bytes += size
-            progress.update(task, advance=1, description=split, size=f"{num_bytes / 1e6:.1f} MB")
 
-        recorded = replace(opened, options={**opened.options, "seed": seed})
-        report = write_shards(recorded, write_orders(opened, seed), folder, options, on_sample)
-    print_report(console, opened, report, folder)
+@app.command("merge")
+def merge(out: Annotated[str, Option(help="The --out of the parts.")]) -> None:
+    """Complete a folder whose shards were converted with --part 1/N … --part N/N."""
+    console = Console()
+    with shown_progress(console) as progress:
+        report = merge_parts(out, on_progress=progress)
+    print_report(console, "merged", report, out)
+
+
+def _command(context: typer.Context, **options: object) -> None:
+    if context.invoked_subcommand is None:
+        convert(Request(**options))  # type: ignore[arg-type]
+
+
+# Typer reads a signature; the options are the fields of `Request`, so that they are written down once.
+_hints = get_type_hints(Request, include_extras=True)
+_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+    + [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_hints[field.name])
+        for field in fields(Request)
+    ]
+)
+_command.__annotations__ = {"context": typer.Context, **_hints}
+app.callback(invoke_without_command=True, help="Convert a data set of images into shards.")(_command)
 
 
 if __name__ == "__main__":

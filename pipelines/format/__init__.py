@@ -1,17 +1,15 @@
-"""How shards are written and read. The specification is `shards/README.md`; writer, reader and index live side by side here."""
+"""What lies in shards: image bytes, tars, index, manifest. The specification is `shards/README.md`; `pipelines.conversion` makes them."""
 
+from pipelines.format.encoding import PixelOptions
 from pipelines.format.index import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE
 from pipelines.format.reader import ShardSet, ShardSplit, open_shards
-from pipelines.format.writer import WriteOptions, WriteReport, write_shards
 
 __all__ = [
     "FORMAT_NAME",
     "FORMAT_VERSION",
     "INDEX_DTYPE",
+    "PixelOptions",
     "ShardSet",
     "ShardSplit",
-    "WriteOptions",
-    "WriteReport",
     "open_shards",
-    "write_shards",
 ]
