@@ -90,6 +90,10 @@ DEFAULT_RECIPES = {
     "folder": "folder_resnet50_100ep",
     "cifar10-lt": "cifar10lt_resnet34_320ep",
     "cifar100-lt": "cifar100lt_resnet34_320ep",
+    "imagenet-lt": "folder_resnet50_100ep",
+    "inat18": "folder_resnet50_100ep",
+    "places-lt": "folder_resnet50_100ep",
+    "hf": "folder_resnet50_100ep",
 }
 
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 
@@ -86,15 +86,22 @@ class DatasetEntry:
         opener: "module:function" of a function `DatasetOptions -> OpenDataset`, imported when asked for.
         accepts: the options it reads.
         needs_source: True where `source` has no default.
+        takes_archive: `source` may also be an archive.
+        expected: split -> images of the published data set; another number is a complaint.
+        num_classes: K of the published data set, None where it is anybody's.
     """
 
     summary: str
     opener: str
     accepts: tuple[str, ...]
     needs_source: bool = True
+    takes_archive: bool = False
+    expected: Mapping[str, int] = field(default_factory=dict)
+    num_classes: int | None = None
 
 
 _LONG_TAIL = ("source", "imbalance_factor", "subset", "seed")
+_LISTED = ("source", "lists", "seed")  # nothing is drawn; the seed is that of the order in the shards
 
 # The whole seam: a new data set is one file with one `open_…` function, and one entry here.
 DATASETS: dict[str, DatasetEntry] = {
@@ -119,6 +126,34 @@ DATASETS: dict[str, DatasetEntry] = {
         opener="pipelines.datasets.cifar_lt:open_cifar100_lt",
         accepts=(*_LONG_TAIL, "val_per_class"),
     ),
+    "imagenet-lt": DatasetEntry(
+        summary="ImageNet-LT: the published lists over ImageNet-1k, unpacked or in its two tars",
+        opener="pipelines.datasets.imagenet_lt:open_imagenet_lt",
+        accepts=_LISTED,
+        takes_archive=True,
+        expected={"train": 115_846, "val": 20_000, "test": 50_000},
+        num_classes=1000,
+    ),
+    "inat18": DatasetEntry(
+        summary="iNaturalist 2018: train2018, and val2018 as test, unpacked, .tar or .tar.gz",
+        opener="pipelines.datasets.inat18:open_inat18",
+        accepts=_LISTED,
+        takes_archive=True,
+        expected={"train": 437_513, "test": 24_426},
+        num_classes=8142,
+    ),
+    "places-lt": DatasetEntry(
+        summary="Places-LT: the published lists over Places365 at 256 pixels",
+        opener="pipelines.datasets.places_lt:open_places_lt",
+        accepts=_LISTED,
+        expected={"train": 62_500},
+        num_classes=365,
+    ),
+    "hf": DatasetEntry(
+        summary="a local data set in one of Hugging Face's layouts: parquet, imagefolder or save_to_disk",
+        opener="pipelines.datasets.hf:open_hf",
+        accepts=(*_LONG_TAIL, "val_fraction", "test_fraction"),
+    ),
 }
 
 
@@ -135,10 +170,18 @@ def open_dataset(name: str, options: DatasetOptions | None = None) -> OpenDatase
     foreign = [option for option in options.given() if option not in entry.accepts]
     if foreign:
         raise ConfigError(f"data set '{name}' does not take {', '.join(foreign)}; it takes {', '.join(entry.accepts)}")
-    if entry.needs_source and options.source is None:
-        raise DatasetError(f"data set '{name}' is read from a folder of yours: name it with --source")
-    if entry.needs_source and options.source is not None and not options.source.is_dir():
-        raise DatasetError(f"there is no folder {options.source}: name the folder of '{name}' with --source")
+    if entry.needs_source:
+        _require_source(name, entry, options.source)
+    if options.lists is not None and not options.lists.is_dir():
+        raise DatasetError(f"there is no folder {options.lists}: name the folder of the lists of '{name}' with --lists")
     module, function = entry.opener.split(":")
     opener: Callable[[DatasetOptions], OpenDataset] = getattr(import_module(module), function)
     return opener(options)
+
+
+def _require_source(name: str, entry: DatasetEntry, source: Path | None) -> None:
+    if source is None:
+        raise DatasetError(f"data set '{name}' is read from a folder of yours: name it with --source")
+    if not (source.is_dir() or (entry.takes_archive and source.is_file())):
+        kind = "folder or archive" if entry.takes_archive else "folder"
+        raise DatasetError(f"there is no {kind} {source}: name the folder of '{name}' with --source")

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.config import require
 from pipelines.datasets import DatasetOptions
 from pipelines.datasets.files import IMAGE_SUFFIXES, file_split
-from pipelines.datasets.longtail import class_counts, exponential_counts, select_subset, stratified_split
-from pipelines.types import SPLITS, DatasetError, IntArray, OpenDataset, Split
+from pipelines.datasets.holdout import divide_train
+from pipelines.types import SPLITS, DatasetError, OpenDataset, Split
 
-_SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_NAMES: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
 def open_folder(options: DatasetOptions) -> OpenDataset:
@@ -29,7 +28,6 @@ def open_folder(options: DatasetOptions) -> OpenDataset:
     """
     source = options.source
     assert source is not None  # `open_dataset` asked for it
-    require(options.subset is None or options.imbalance_factor is not None, "subset picks what imbalance_factor keeps: give that as well")
     folders = find_split_folders(source)
     train = list_classes(folders["train"])
     class_names = tuple(train)
@@ -39,16 +37,9 @@ def open_folder(options: DatasetOptions) -> OpenDataset:
 
     paths = [path for files in train.values() for path in files]
     labels_N = np.repeat(np.arange(len(class_names)), [len(files) for files in train.values()])
-    seed, subset = options.seed or 0, options.subset or "seeded"
-    fractions = _fractions(options, folders)
-    rows = stratified_split(labels_N, len(class_names), fractions, seed)
-    splits |= {split: _take(paths, labels_N, rows[split]) for split in fractions}
-    if options.imbalance_factor is not None:
-        counts_K = _profile(labels_N[rows["train"]], len(class_names), options.imbalance_factor)
-        rows["train"] = rows["train"][select_subset(labels_N[rows["train"]], counts_K, subset=subset, seed=seed)]
-    splits["train"] = _take(paths, labels_N, rows["train"])
-    resolved = {"imbalance_factor": options.imbalance_factor, "subset": subset, "seed": seed}
-    resolved |= {f"{split}_fraction": fraction for split, fraction in fractions.items()}
+    there = {split: str(folder) for split, folder in folders.items() if split != "train"}
+    rows, resolved = divide_train(labels_N, len(class_names), there, options)
+    splits |= {split: file_split([paths[row] for row in positions], labels_N[positions]) for split, positions in rows.items()}
     return OpenDataset(name="folder", class_names=class_names, splits={split: splits[split] for split in SPLITS}, options=resolved)
 
 
@@ -59,12 +50,12 @@ def find_split_folders(source: Path) -> dict[str, Path]:
         DatasetError: val or test without train, or two folders for one split.
     """
     names = set(_entries(source, folders=True))
-    split_names = {name for known in _SPLIT_FOLDERS.values() for name in known}
+    split_names = {name for known in SPLIT_NAMES.values() for name in known}
     # A folder `train` without folders inside, beside other classes, is a class of that name (vehicles have one).
     if not (names & split_names) or not (names <= split_names or ("train" in names and _entries(source / "train", folders=True))):
         return {"train": source}
     found = {}
-    for split, known in _SPLIT_FOLDERS.items():
+    for split, known in SPLIT_NAMES.items():
         present = [source / name for name in known if name in names]
         if len(present) > 1:
             raise DatasetError(f"{present[0]} and {present[1]} are both there: keep one of them as the {split} split")
@@ -121,28 +112,3 @@ def _entries(folder: Path, *, folders: bool) -> list[str]:
 
 def _images(folder: Path) -> list[str]:
     return [os.path.join(folder, name) for name in _entries(folder, folders=False) if name.lower().endswith(IMAGE_SUFFIXES)]
-
-
-def _fractions(options: DatasetOptions, folders: dict[str, Path]) -> dict[str, float]:
-    """What each missing split takes from train; test comes first, so that a class of two images is at least measured."""
-    fractions = {}
-    for split, fraction in (("test", options.test_fraction), ("val", options.val_fraction)):
-        if split not in folders:
-            fractions[split] = 0.1 if fraction is None else fraction
-        else:
-            require(fraction is None, f"{split}_fraction splits images off train, but {folders[split]} is there: leave the option out")
-    total = sum(fractions.values())
-    require(total < 1, f"val and test would take {total:g} of each class: their fractions must sum to less than 1")
-    return fractions
-
-
-def _take(paths: list[str], labels_N: IntArray, rows: IntArray) -> Split:
-    return file_split([paths[row] for row in rows], labels_N[rows])
-
-
-def _profile(labels_N: IntArray, num_classes: int, imbalance_factor: float) -> IntArray:
-    available_K = class_counts(labels_N, num_classes)
-    counts_K = np.empty_like(available_K)
-    # Stable, so that classes of one size are ordered by name.
-    counts_K[np.argsort(-available_K, kind="stable")] = exponential_counts(int(available_K.max()), num_classes, imbalance_factor)
-    return np.minimum(counts_K, available_K)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.datasets import DATASETS, DatasetOptions, class_counts, demo, exponential_counts, open_dataset
+from pipelines.datasets import DATASETS, DatasetEntry, DatasetOptions, class_counts, demo, exponential_counts, open_dataset
 from pipelines.types import SPLITS, ConfigError, DatasetError, OpenDataset
+from tests.pipelines.datasets.published import jpeg, write_list, write_tree
 
 
 def _make_demo(source: Path) -> DatasetOptions:
@@ -40,12 +41,56 @@ def _make_cifar(source: Path, folder: str, files: tuple[str, str, str], prefix: 
     return DatasetOptions(source=source, imbalance_factor=max_count)
 
 
+def _make_listed(source: Path, files: dict[str, tuple[str, ...]]) -> DatasetOptions:
+    """One image a path, beside the lists that name them; the label is the place in the list."""
+    for name, paths in files.items():
+        write_list(source / "lists" / name, [(path, label) for label, path in enumerate(paths)])
+        write_tree(source, {path: jpeg(number) for number, path in enumerate(paths)})
+    return DatasetOptions(source=source, lists=source / "lists")
+
+
+def _make_hf(source: Path) -> DatasetOptions:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    images = [{"bytes": jpeg(number), "path": None} for number in range(20)]
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 10}, features=features).save_to_disk(source)
+    if not bars:
+        datasets.enable_progress_bars()
+    return DatasetOptions(source=source)
+
+
 # A new entry of `DATASETS` adds the few lines here that make a small source for it.
 MAKERS: dict[str, Callable[[Path], DatasetOptions]] = {
     "demo": _make_demo,
     "folder": _make_folder,
     "cifar10-lt": lambda source: _make_cifar(source, "cifar-10-batches-py", ("data_batch_1", "test_batch", "batches.meta"), b"", 5000, 10),
     "cifar100-lt": lambda source: _make_cifar(source, "cifar-100-python", ("train", "test", "meta"), b"fine_", 500, 100),
+    "imagenet-lt": lambda source: _make_listed(
+        source,
+        {
+            "ImageNet_LT_train.txt": ("train/n01/n01_1.JPEG", "train/n02/n02_1.JPEG"),
+            "ImageNet_LT_val.txt": ("train/n01/n01_2.JPEG",),
+            "ImageNet_LT_test.txt": ("val/n01/ILSVRC2012_val_1.JPEG", "val/n02/ILSVRC2012_val_2.JPEG"),
+        },
+    ),
+    "inat18": lambda source: _make_listed(
+        source,
+        {
+            "iNaturalist18_train.txt": ("train_val2018/Aves/0/a.jpg", "train_val2018/Fungi/1/b.jpg"),
+            "iNaturalist18_val.txt": ("train_val2018/Aves/0/c.jpg",),
+        },
+    ),
+    "places-lt": lambda source: _make_listed(
+        source,
+        {
+            "Places_LT_train.txt": ("data_256/a/airfield/1.jpg", "data_256/b/beach/1.jpg"),
+            "Places_LT_val.txt": ("data_256/a/airfield/2.jpg",),
+            "Places_LT_test.txt": ("val_256/Places365_val_1.jpg",),
+        },
+    ),
+    "hf": _make_hf,
 }
 
 
@@ -101,8 +146,15 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 def test_a_missing_source_is_asked_for(name: str, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=f"data set '{name}' is read from a folder of yours: name it with --source"):
         open_dataset(name)
-    with pytest.raises(DatasetError, match=f"there is no folder {tmp_path / 'none'}: name the folder of '{name}' with --source"):
+    with pytest.raises(
+        DatasetError, match=f"there is no folder (or archive )?{tmp_path / 'none'}: name the folder of '{name}' with --source"
+    ):
         open_dataset(name, DatasetOptions(source=tmp_path / "none"))
+
+
+@pytest.mark.parametrize("entry", DATASETS.values(), ids=DATASETS)
+def test_every_entry_takes_the_seed_that_conversion_passes(entry: DatasetEntry) -> None:
+    assert "seed" in entry.accepts
 
 
 def test_an_option_it_does_not_take_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,14 @@ def test_files_are_found_by_suffix_and_read_as_they_are(tmp_path: Path) -> None:
     samples = [train.read(index) for index in range(len(train.labels_N))]
     assert [sample.extension for sample in samples] == ["png", "jpg", "tif", "webp", "png"]
     assert [sample.encoded for sample in samples[1:4]] == [b"b.JPEG", b"c.TIF", b"d.webp"]
+
+
+def test_file_names_that_are_not_utf8_are_read_and_can_be_printed(tmp_path: Path) -> None:
+    _fill(tmp_path / "train", {"ant": 1})
+    os.rename(tmp_path / "train/ant/000.png", os.path.join(os.fsencode(tmp_path), b"train/ant/caf\xe9.png"))
+    sample = _open(tmp_path, val_fraction=0.0, test_fraction=0.0).splits["train"].read(0)
+    assert sample.encoded == _image(0)
+    assert sample.source == rf"{tmp_path}/train/ant/caf\udce9.png"
 
 
 def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
