@@ -84,4 +84,4 @@ def until_error(stream: Iterable[Item]) -> tuple[list[Item], str]:
 
 def _seen(sample: EncodedSample) -> tuple[str, int, bytes]:
     assert sample.extension in ("jpg", "png")
-    return sample.source.rsplit("/", 1)[-1].rsplit("!", 1)[-1], sample.label, sample.encoded
+    return sample.source.rsplit("/", 1)[-1].rsplit("!", 1)[-1].split(" (at byte")[0], sample.label, sample.encoded
