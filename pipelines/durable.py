@@ -43,7 +43,7 @@ def sync_folder(folder: Path) -> None:
 def publish_folder(finished: Path, out: Path) -> None:
     """Moves the folder `finished` to `out` beside it; what stood there goes only once the new one is in place."""
     sync_folder(finished)
-    retired = out.with_name(out.name + ".retired")
+    retired = out.with_name(f".{out.name}.bce3s-retired")  # nobody else's name: what bears it is removed
     shutil.rmtree(retired, ignore_errors=True)
     if out.exists():
         out.rename(retired)

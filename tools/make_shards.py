@@ -7,18 +7,24 @@ python tools/make_shards.py merge --out shards/inat18                           
 from __future__ import annotations
 
 import inspect
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, get_type_hints
 
 import numpy as np
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from bce3s.cli import run_app
 from pipelines.config import require, require_choice
@@ -36,6 +42,7 @@ from pipelines.conversion import (
 )
 from pipelines.datasets import DATASETS, DatasetOptions, open_dataset, shot_groups
 from pipelines.format import PixelOptions
+from pipelines.format.index import MANIFEST_FILE
 from pipelines.randomness import Purpose, derive_key, permutation
 from pipelines.store import is_remote
 from pipelines.types import SPLITS, ConfigError, DatasetError, IntArray, OpenDataset
@@ -44,6 +51,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _QUALITY_RESIZED, _QUALITY_KEPT = 90, 95
 _SHOWN_SENTENCES = 20
+_LINE_EVERY_S = 60.0  # of a stage, where there is no terminal to show a bar
 
 Option = typer.Option
 _SOURCE, _PIXELS, _BALANCE, _RUN = "Source", "Output", "Class-balanced resampling", "How it runs"
@@ -113,6 +121,9 @@ class Request:
         ]
         require(bool(streams) or not self.materialise, "--materialise copies a resampled stream: say which with --resample")
         require(bool(streams) or self.balanced_epoch_size is None, "--balanced-epoch-size needs --resample")
+        for option, default, reader in (("resample_exponent", 1.0, "power"), ("effective_number_beta", 0.999, "effective-number")):
+            unread = getattr(self, option) != default and reader not in (self.resample or ())
+            require(not unread, f"--{option.replace('_', '-')} is that of --resample {reader}, which is not asked for")
         hands = {"executor": self.executor} | ({"num_processes": self.processes} if self.processes is not None else {})
         return WriteOptions(
             shard_bytes=parse_bytes(self.shard_bytes),
@@ -150,7 +161,7 @@ def parse_bytes(text: str) -> int:
 
 def parse_formats(text: str) -> tuple[str, ...]:
     """('wds', 'ffcv') of 'wds,ffcv'; tars and index are always made, for a beton shares them."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names or (text,):
         require_choice("format", name, FORMATS)
     return names
@@ -190,34 +201,67 @@ def require_apart(source: Path | None, out: str) -> None:
 
 
 class StageProgress:
-    """A bar for each stage of a conversion: images, MB, rates, what was skipped, time left."""
+    """A bar for each stage of a conversion: images, time left, rates, what was skipped. Without a terminal, lines now and then."""
 
     def __init__(self, console: Console) -> None:
         """Shows nothing until the first stage reports."""
+        # A narrow terminal cuts names and rates short instead of breaking the line.
+        name_width = max(6, min(32, console.width - 62))
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[rates]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=name_width)),
+            BarColumn(bar_width=max(4, min(20, (console.width - 60) // 2))),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[rates]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         )
-        self.bars = Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=5)
+        self._console = console
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=5, expand=True)
         self._tasks: dict[str, TaskID] = {}
         self._first: dict[str, tuple[int, float]] = {}
+        self._line_s: dict[str, float] = {}
 
     def __call__(self, stage: str, total: int, images: int, num_bytes: int, skipped: int) -> None:
         """Takes running totals of `stage`."""
+        now_s = time.monotonic()
         if stage not in self._tasks:
             if not self.bars.live.is_started and not self.bars.disable:
                 self.bars.start()  # its thread must not exist before the workers are forked
             self._tasks[stage] = self.bars.add_task(stage, total=total, rates="")
-            self._first[stage] = images, self.bars.get_time()
+            self._first[stage] = images + skipped, now_s
+            self._line_s[stage] = now_s
         first, started_s = self._first[stage]
-        elapsed_s = max(self.bars.get_time() - started_s, 1e-3)
-        rates = f"{(images + skipped - first) / elapsed_s:,.0f} images/s"
-        rates += f" {num_bytes / 1e6 / elapsed_s:,.0f} MB/s" if num_bytes else ""
-        rates += f" {skipped:,} skipped" if skipped else ""
-        self.bars.update(self._tasks[stage], completed=images + skipped, rates=rates)
+        elapsed_s = max(now_s - started_s, 1e-3)
+        rates = [f"{skipped:,} skipped"] if skipped else []  # first, for it is what must not be cut
+        rates.append(f"{(images + skipped - first) / elapsed_s:,.0f} images/s")
+        rates += [f"{num_bytes / 1e6 / elapsed_s:,.0f} MB/s"] if num_bytes else []
+        done = images + skipped
+        self.bars.update(self._tasks[stage], completed=done, rates=", ".join(rates))
+        if self.bars.disable and (now_s - self._line_s[stage] > _LINE_EVERY_S or (done == total and self._line_s[stage] < float("inf"))):
+            self._line_s[stage] = now_s if done < total else float("inf")
+            say(self._console, f"{stage}: {done:,} of {total:,} images, {', '.join(rates)}")
+
+
+def say(console: Console, sentence: str) -> None:
+    """Prints a line as it is: what looks like markup in a path is none, and the terminal wraps it, if anybody."""
+    console.print(sentence, soft_wrap=True, markup=False, highlight=False)
+
+
+@contextmanager
+def interruptible(how_to_continue: str) -> Iterator[None]:
+    """Makes of Ctrl-C and of SIGTERM a sentence and an exit status of 130 or 143, with everything tidied up in between."""
+    owner = os.getpid()
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)  # a forked worker, which has nothing to tidy up
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {how_to_continue}", file=sys.stderr)
+        raise typer.Exit(128 + (interrupt.args or (signal.SIGINT,))[0]) from None
 
 
 @contextmanager
@@ -226,10 +270,6 @@ def shown_progress(console: Console) -> Iterator[StageProgress]:
     progress = StageProgress(console)
     try:
         yield progress
-    except KeyboardInterrupt:
-        progress.bars.stop()
-        print("interrupted: finished shards are kept; the same command with --resume continues", file=sys.stderr)
-        raise typer.Exit(130) from None
     finally:
         progress.bars.stop()
 
@@ -238,9 +278,7 @@ def print_report(console: Console, name: str, report: WriteReport, out: str) -> 
     """A table of the splits, then what was re-encoded and skipped."""
     counts_K = report.class_counts["train"]
     filled_K = counts_K[counts_K > 0]
-    table = Table(title=f"{name}: {len(counts_K)} classes", title_justify="left")
-    table.add_column("split")
-    table.add_column("images", justify="right")
+    table = Table("split", Column("images", justify="right"), title=f"{name}: {len(counts_K):,} classes", title_justify="left")
     for split in SPLITS:
         table.add_row(split, f"{int(report.class_counts[split].sum()):,}")
     for stream in report.resampled:
@@ -248,32 +286,33 @@ def print_report(console: Console, name: str, report: WriteReport, out: str) -> 
     console.print(table)
     groups = ", ".join(f"{int(members.sum())} {group}" for group, members in shot_groups(counts_K).items())
     factor = filled_K.max() / filled_K.min()
-    console.print(
-        f"training images a class: {filled_K.max():,} … {filled_K.min():,} (imbalance factor {factor:.0f}); shot groups: {groups}"
-    )
+    say(console, f"training images a class: {filled_K.max():,} … {filled_K.min():,} (imbalance factor {factor:.0f})")
+    say(console, f"shot groups: {groups}")
     if report.num_reencoded:
-        console.print(f"{report.num_reencoded:,} images were shrunk or re-encoded")
+        say(console, f"{report.num_reencoded:,} images were shrunk or re-encoded")
     for sentence in report.skipped[:_SHOWN_SENTENCES]:
-        console.print(f"skipped: {sentence}", soft_wrap=True, markup=False)
+        say(console, f"skipped: {sentence}")
+    if report.num_skipped > _SHOWN_SENTENCES:
+        say(console, f"… and {report.num_skipped - _SHOWN_SENTENCES:,} more, see {MANIFEST_FILE}")
     if report.num_skipped:
-        console.print(f"{report.num_skipped:,} images skipped because they do not decode")
-    console.print(f"shards: {out}", soft_wrap=True, markup=False)
+        say(console, f"{report.num_skipped:,} images skipped because they do not decode")
+    say(console, f"shards: {out}")
 
 
 def print_estimate(console: Console, dataset: OpenDataset, orders: dict[str, IntArray], options: WriteOptions) -> None:
     """What a dry run says."""
-    estimate = estimate_work(dataset, orders, options)
+    with console.status("converting a few images, to see"):
+        estimate = estimate_work(dataset, orders, options)
     num_samples = {split: len(order_N) for split, order_N in orders.items()}
-    table = Table(title=f"{dataset.name}: {len(dataset.class_names)} classes, dry run", title_justify="left")
-    for column in ("split", "images", "GB", "shards"):
-        table.add_column(column, justify="left" if column == "split" else "right")
+    columns = (Column(name, justify="right") for name in ("images", "bytes", "shards"))
+    table = Table("split", *columns, title=f"{dataset.name}: {len(dataset.class_names):,} classes, dry run", title_justify="left")
     for split, num in num_samples.items():
-        num_bytes = num * estimate.sample_bytes[split]
-        table.add_row(split, f"{num:,}", f"{num_bytes / 1e9:.3g}", f"{-(-num_bytes // options.shard_bytes):,.0f}")
+        num_bytes = int(num * estimate.sample_bytes[split])
+        table.add_row(split, f"{num:,}", decimal(num_bytes), f"{-(-num_bytes // options.shard_bytes):,}")
     console.print(table)
     num_bytes, work_s = estimate.total(num_samples)
-    processes = options.executor.num_processes
-    console.print(f"about {num_bytes / 1e9:.3g} GB in {work_s / processes / 60:.1f} min with {processes} processes; nothing was written")
+    cores = min(options.executor.num_processes, os.cpu_count() or 1)
+    say(console, f"about {decimal(num_bytes)} in {timedelta(seconds=round(work_s / cores))} on {cores} cores; nothing was written")
 
 
 def convert(request: Request) -> None:
@@ -282,6 +321,7 @@ def convert(request: Request) -> None:
     name = request.dataset or ""
     require_choice("dataset", name, tuple(DATASETS))
     require(request.limit is None or request.limit >= 1, f"--limit must be at least 1, not {request.limit}")
+    require(request.out != "", "--out is empty: name a folder or a URL, or leave it out")
     options = request.write_options()
     out = request.out or str(Path("shards") / name)
     require_apart(request.source, out)
@@ -298,10 +338,12 @@ def convert(request: Request) -> None:
     if request.dry_run:
         print_estimate(console, opened, orders, options)
         return
+    counts = ", ".join(f"{split} {len(order_N):,}" for split, order_N in orders.items())
+    say(console, f"{name}: {len(opened.class_names):,} classes; images: {counts}; to {out}")
     with shown_progress(console) as progress:
         report = write_shards(opened, orders, out, options, progress)
     if report is None:
-        console.print(f"part {request.part} of {out} is done; when all are: make_shards.py merge --out {out}", soft_wrap=True, markup=False)
+        say(console, f"part {request.part} of {out} is done; when all are: make_shards.py merge --out {out}")
     else:
         print_report(console, name, report, out)
 
@@ -310,14 +352,15 @@ def convert(request: Request) -> None:
 def merge(out: Annotated[str, Option(help="The --out of the parts.")]) -> None:
     """Complete a folder whose shards were converted with --part 1/N … --part N/N."""
     console = Console()
-    with shown_progress(console) as progress:
+    with interruptible("the same command continues"), shown_progress(console) as progress:
         report = merge_parts(out, on_progress=progress)
     print_report(console, "merged", report, out)
 
 
 def _command(context: typer.Context, **options: object) -> None:
     if context.invoked_subcommand is None:
-        convert(Request(**options))  # type: ignore[arg-type]
+        with interruptible("finished shards are kept; the same command with --resume continues"):
+            convert(Request(**options))  # type: ignore[arg-type]
 
 
 # Typer reads a signature; the options are the fields of `Request`, so that they are written down once.
@@ -334,4 +377,6 @@ app.callback(invoke_without_command=True, help="Convert a data set of images int
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # paths may hold what no terminal shows
     run_app(app)

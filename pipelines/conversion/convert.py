@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from pipelines.config import require, require_choice
 from pipelines.conversion.beton import require_ffcv
 from pipelines.conversion.executors import ExecutorOptions, Job, run_units
 from pipelines.conversion.finish import FORMATS, OnProgress, WriteReport, write_extras, write_manifest
-from pipelines.conversion.plan import PLAN_FILE, ConversionPlan, Estimate, Unit, make_plan, probe
+from pipelines.conversion.plan import ConversionPlan, Estimate, Unit, make_plan, probe
 from pipelines.conversion.resampling import Resampling
 from pipelines.conversion.site import Site
 from pipelines.conversion.spool import SpooledSamples, spool
@@ -39,8 +42,8 @@ class WriteOptions:
         formats: "wds" always, "ffcv" beside it.
         resamplings: streams of the training split to add.
         overwrite: replace an existing output folder, or what an unfinished conversion left.
-        resume: continue an unfinished conversion; without one, begin.
-        part: (i, n): convert every n-th unit only, 1 ≤ i ≤ n; `merge_parts` completes the folder.
+        resume: continue an unfinished conversion; without one, begin. With `overwrite`, both: the old shards stay until the new are whole.
+        part: (i, n): convert every n-th unit only, 1 ≤ i ≤ n; `merge_parts` completes the folder. Parts always resume.
         executor: whose hands.
         num_threads: of each process; None: 1, or more where there are fewer units than processes.
     """
@@ -87,7 +90,7 @@ def write_shards(
     options: WriteOptions,
     on_progress: OnProgress = _silent,
 ) -> WriteReport | None:
-    """Writes every split of `dataset` to the folder or URL `out`; None where a part was asked for.
+    """Writes every split of `dataset` to the folder or URL `out`; None where a part was asked for and others, or the merge, are to come.
 
     Args:
         dataset: where samples come from.
@@ -99,19 +102,24 @@ def write_shards(
     Raises:
         ShardError: `out` exists, another run is writing it, the disk is full or read-only, or what is to be resumed is another conversion.
         DatasetError: an image does not decode and `on_error` is "stop"; names the file. Finished shards stay for `resume`.
+        BackendError: FFCV, Ray, its cluster or the package of a store is missing.
     """
     site = Site(str(out))
-    _require_local(site, options.formats, options.resamplings)
+    _require_local(site, dataset, options)
     if "ffcv" in options.formats:
         require_ffcv()  # now, not after hours of work
     part = "" if options.part is None else f".part-{options.part[0]}-of-{options.part[1]}"
     try:
         with site.locked(part):
-            if not site.prepare(resume=options.resume or options.part is not None, overwrite=options.overwrite):
-                return WriteReport.of_manifest(site.finished_manifest() or {})
-            complete = site.complete_partial()
+            divided = options.part is not None
+            prepared = site.prepare(resume=options.resume or divided, overwrite=options.overwrite, part=divided)
+            complete = site.complete_partial() if prepared else site.finished_manifest()
             if complete is not None:
-                site.publish()
+                _require_same(site, complete, dataset, orders, options)
+                if prepared and divided:
+                    return None  # `merge_parts` was killed at its last step and will take it up
+                if prepared:
+                    site.publish()
                 return WriteReport.of_manifest(complete)
             plan = _settled_plan(site, dataset, orders, options)
             number, parts = options.part or (1, 1)
@@ -157,36 +165,74 @@ def _write_failure(site: Site, error: OSError) -> ShardError:
     )
 
 
-def _require_local(site: Site, formats: tuple[str, ...], resamplings: tuple[Resampling, ...]) -> None:
-    """Betons and resampled streams are made from finished tars, which must therefore be at hand."""
-    if site.folder is None and ("ffcv" in formats or resamplings):
+def _require_local(site: Site, dataset: OpenDataset, options: WriteOptions) -> None:
+    """Betons and resampled streams are made from finished tars, which must be at hand, and tars from spool files that all workers see."""
+    if site.folder is not None:
+        return
+    if "ffcv" in options.formats or options.resamplings:
         raise ShardError(f"FFCV files and resampled streams are made from local shards, not at {site.out}: use a local --out and copy it")
+    if dataset.stream and options.executor.executor == "ray":
+        raise ShardError(
+            f"a compressed archive is taken apart on this machine, where a cluster does not see it while --out is {site.out}: "
+            "use an --out on a shared disk and copy it, or leave --executor out"
+        )
+
+
+def _require_same(
+    site: Site, manifest: dict[str, Any], dataset: OpenDataset, orders: Mapping[str, IntArray], options: WriteOptions
+) -> None:
+    """Raises `ShardError` where what is complete was not made by this command, so that resuming would be to ignore what it asks for."""
+    wanted = {
+        "the data set": dataset.name,
+        "its options or the seed": dict(dataset.options),
+        "the classes": list(dataset.class_names),
+        "what happens to images": options.pixels.recorded(),
+        "the number of images": sum(len(order_N) for order_N in orders.values()),
+        "the formats": "ffcv" in options.formats,
+        "the resampled streams": sorted([stream.name, stream.seed, stream.materialised] for stream in options.resamplings),
+    }
+    splits, streams = manifest["splits"].values(), manifest.get("resampled", [])
+    found = [
+        manifest["dataset"],
+        manifest.get("options"),
+        manifest["class_names"],
+        manifest.get("pixels"),
+        sum(entry["num_samples"] for entry in splits) + manifest.get("num_skipped", 0),
+        any("beton" in entry for entry in splits),
+        sorted([stream["name"], stream["seed"], stream["materialised"]] for stream in streams),
+    ]
+    different = [name for name, each in zip(wanted, found, strict=True) if json.loads(json.dumps(wanted[name])) != each]
+    if different:
+        raise ShardError(
+            f"{site.out} is complete, but was made with other settings ({', '.join(different)} differ): "
+            "add --overwrite to replace it or choose another --out"
+        )
 
 
 def _settled_plan(site: Site, dataset: OpenDataset, orders: Mapping[str, IntArray], options: WriteOptions) -> ConversionPlan:
     """The stored plan where it fits, or a new one, stored."""
-    estimate = probe(dataset, orders, options.pixels)
-    plan = make_plan(dataset, orders, options.pixels, options.shard_bytes, options.extras(), estimate)
+    plan = make_plan(dataset, orders, options.pixels, options.shard_bytes, options.extras())
     stored = site.stored_plan()
-    if stored is not None:
-        return plan.adopt(stored, site.store.location)
-    _require_space(site, estimate, plan, options)
-    site.store.write_bytes(PLAN_FILE, plan.to_json())
-    # Of parts that start together the last to write wins; all of them read what stands there now.
-    return plan.adopt(site.stored_plan() or plan, site.store.location)
+    if stored is None:
+        estimate = probe(dataset, orders, options.pixels)
+        _require_space(site, dataset, estimate, plan, options)
+        stored = site.settle(plan.sized(estimate))
+    return plan.adopt(stored, site.store.location)
 
 
-def _require_space(site: Site, estimate: Estimate, plan: ConversionPlan, options: WriteOptions) -> None:
+def _require_space(site: Site, dataset: OpenDataset, estimate: Estimate, plan: ConversionPlan, options: WriteOptions) -> None:
     needed, _ = estimate.total(plan.num_samples)
     if "ffcv" in options.formats:
         needed *= 2
     for resampling in options.resamplings:
         if resampling.materialised:
             needed += int((resampling.epoch_size or plan.num_samples["train"]) * estimate.sample_bytes["train"])
-    free = free_bytes(site.store.location)
+    # A remote store does not say how much it holds, but samples of a stream are laid down here first.
+    place = site.out if site.folder is not None else gettempdir() if dataset.stream else None
+    free = free_bytes(place) if place is not None else None
     if free is not None and needed > free:
         raise ShardError(
-            f"the shards need about {needed / 1e9:.3g} GB and {site.out} has {free / 1e9:.3g} GB free: "
+            f"the shards need about {needed / 1e9:.3g} GB and {place} has {free / 1e9:.3g} GB free: "
             "make room, choose another --out, or shrink images with --min-side"
         )
 
@@ -223,14 +269,7 @@ def _convert(
     folder = site.spool_folder(part)
     if source.dataset.stream and left:
         samples = SpooledSamples(folder=folder)
-        spooled = [0, 0]
-
-        def on_sample(num_bytes: int) -> None:
-            spooled[0] += 1
-            spooled[1] += num_bytes
-            on_progress(_SPOOLED, total, images + spooled[0], spooled[1], 0)
-
-        spool(source, left, folder, on_sample)
+        spool(source, left, folder, plan.sha256(), lambda num, size: on_progress(_SPOOLED, total, images + skipped + num, size, 0))
     job = Job(samples=samples, units=left, store=site.store)
 
     def on_shards(done: int, num_bytes: int, lost: int) -> None:
@@ -240,6 +279,8 @@ def _convert(
         records[record.name] = record
         if source.dataset.stream:
             (folder / record.name).unlink(missing_ok=True)
+    if source.dataset.stream:
+        shutil.rmtree(folder, ignore_errors=True)
     return records
 
 

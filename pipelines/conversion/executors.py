@@ -6,12 +6,15 @@ import ctypes
 import mmap
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from queue import Empty, SimpleQueue
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +27,7 @@ from pipelines.types import BackendError, IntArray, ShardError
 EXECUTORS = ("local", "ray")
 _TICK_S = 0.1
 _PR_SET_PDEATHSIG = 1
+_ANSWER_S, _FAREWELL_S = 5.0, 10.0  # of a Ray cluster: to be there, and to end tasks that were cancelled
 
 # A finished shard waits for the disk: a quarter more processes than cores keeps the cores busy meanwhile.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -112,12 +116,20 @@ def _run_processes(job: Job, num_processes: int, on_progress: OnProgress) -> Ite
     fork = get_context("fork")
     pool = ProcessPoolExecutor(num_processes, fork, initializer=_adopt, initargs=(job, rows_U3, stop_1, os.getpid()))
     try:
-        pending: set[Future[UnitRecord]] = {pool.submit(_convert_number, number) for number in range(len(job.units))}
-        while pending:
-            finished, pending = wait(pending, timeout=_TICK_S, return_when=FIRST_COMPLETED)
+        # Not `futures.wait`: interrupted, it may keep the locks of futures that the pool then waits for when it shuts down.
+        finished: SimpleQueue[Future[UnitRecord]] = SimpleQueue()
+        for number in range(len(job.units)):
+            pool.submit(_convert_number, number).add_done_callback(finished.put)
+        num_left = len(job.units)
+        while num_left:
+            try:
+                future = finished.get(timeout=_TICK_S)
+            except Empty:
+                on_progress(*rows_U3.sum(axis=0).tolist())
+                continue
             on_progress(*rows_U3.sum(axis=0).tolist())
-            for future in finished:
-                yield future.result()
+            num_left -= 1
+            yield future.result()
     except Stopped:
         raise AssertionError("nobody set stop") from None
     except BrokenProcessPool:
@@ -142,37 +154,75 @@ def _run_ray(job: Job, on_progress: OnProgress) -> Iterator[UnitRecord]:
         raise BackendError("--executor ray needs Ray: pip install 'bce3s[ray]'") from None
     started = not ray.is_initialized()
     if started:
-        try:
-            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, configure_logging=False, include_dashboard=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            address = os.environ.get("RAY_ADDRESS", "this machine")
-            raise BackendError(
-                f"no Ray cluster at {address} ({error}): start one with 'ray start --head', or leave --executor out"
-            ) from error
+        _join_cluster(os.environ.get("RAY_ADDRESS") or "local")
+    pending: list[Any] = []
     try:
         shared = ray.put(job)
         convert = ray.remote(num_cpus=1, max_retries=3)(_convert_remote)
-        number_of = {convert.remote(shared, number): number for number in range(len(job.units))}
-        pending = list(number_of)
+        pending = [convert.remote(shared, number) for number in range(len(job.units))]
         totals_3 = np.zeros(3, np.int64)
         while pending:
             finished, pending = ray.wait(pending, num_returns=1, timeout=_TICK_S)
             for reference in finished:
-                try:
-                    record: UnitRecord = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    for other in pending:
-                        ray.cancel(other)
-                    raise error.cause from None
-                except ray.exceptions.RayError as error:
-                    sentence = str(error).strip().splitlines()[0]
-                    raise ShardError(f"the Ray cluster lost a task ({sentence}): continue with --resume") from None
+                record = _ray_result(reference)
                 totals_3 += (record.num_samples, int(record.records_N["size"].astype(np.int64).sum()), len(record.skipped))
                 on_progress(*totals_3.tolist())
                 yield record
     finally:
+        # Waited for: what still writes when we are gone would write beside the next run.
+        for reference in pending:
+            ray.cancel(reference)
+        if pending:
+            ray.wait(pending, num_returns=len(pending), timeout=_FAREWELL_S)
         if started:
             ray.shutdown()
+
+
+def _join_cluster(address: str) -> None:
+    """Connects to the cluster at `address`, or starts one of this machine for "local".
+
+    Raises:
+        BackendError: nobody answers there, or Ray refuses.
+    """
+    import ray
+
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        if host and port.isdecimal():
+            # Ray itself would try for minutes, and then end the process.
+            socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
+        ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
+    except (OSError, RuntimeError, ValueError, OverflowError) as error:
+        raise BackendError(
+            f"no Ray cluster at {address} ({_first_line(error)}): start one with 'ray start --head' and name it in RAY_ADDRESS (one that asks for a "
+            "token needs RAY_AUTH_MODE=token as well), or leave --executor out"
+        ) from error
+
+
+def _ray_result(reference: Any) -> UnitRecord:
+    """The record of a task that ended.
+
+    Raises:
+        DatasetError, ShardError, OSError: what the task failed with, or that the cluster lost it.
+        BackendError: a worker lacks this project or one of its packages.
+    """
+    import ray
+
+    try:
+        record: UnitRecord = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ray.exceptions.RaySystemError):  # it could not even read its task
+            raise BackendError(
+                f"a Ray worker cannot take its task ({_first_line(error.cause)}): install this project, in this version, on every node"
+            ) from None
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ShardError(f"the Ray cluster lost a task ({_first_line(error)}): continue with --resume") from None
+    return record
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _convert_remote(job: Job, number: int) -> UnitRecord:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from pipelines.conversion.plan import ConversionPlan, Unit, split_units
 from pipelines.conversion.resampling import Resampling, resampled_order
 from pipelines.conversion.unit import UNIT_FOLDER, Outcome, UnitRecord, stored_record
 from pipelines.format.encoding import PreparedSample
-from pipelines.format.index import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, MANIFEST_FILE, index_file
+from pipelines.format.index import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, MANIFEST_FILE, index_bytes, index_file, manifest_bytes
 from pipelines.format.reader import ShardSplit
 from pipelines.store import Store
 from pipelines.types import DatasetError, EncodedSample, IntArray
@@ -58,9 +57,7 @@ def split_entry(store: Store, name: str, records: list[UnitRecord], num_classes:
     filled = [record for record in records if record.num_samples]
     index = np.concatenate([record.records_N for record in filled]) if filled else np.zeros(0, INDEX_DTYPE)
     index["shard"] = np.repeat(np.arange(len(filled)), [record.num_samples for record in filled])
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
-    content = buffer.getvalue()
+    content = index_bytes(index)
     store.write_bytes(index_file(name), content)
     shards = [
         {"file": record.file, "num_samples": record.num_samples, "shard_bytes": record.shard_bytes, "sha256": record.sha256}
@@ -100,8 +97,7 @@ def write_manifest(
         "skipped": skipped[:_MAX_SENTENCES],
     }
     extras(manifest)
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    store.write_bytes(MANIFEST_FILE, text.encode("utf-8", "backslashreplace"))
+    store.write_bytes(MANIFEST_FILE, manifest_bytes(manifest))
     return WriteReport.of_manifest(manifest)
 
 
@@ -109,11 +105,13 @@ def write_manifest(
 class _TarSamples:
     """Copies samples from finished shards in a given order, repeats included."""
 
-    split: ShardSplit
+    folder: Path
+    train: dict[str, Any]
     order_E: IntArray
 
     def __call__(self, unit: Unit) -> Iterator[Outcome]:
-        split = self.split
+        # Mapped anew for every unit: a map that went to a cluster with its job would take all its bytes along.
+        split = ShardSplit(self.folder, "train", self.train)
         for sample_id in self.order_E[unit.start : unit.stop].tolist():
             encoded = split.encoded(np.array([sample_id]))[0].tobytes()
             extension = "jpg" if encoded.startswith(_JPEG_MAGIC) else "png"
@@ -141,7 +139,8 @@ def materialise(
     units = split_units(name, len(order_E), samples_per_shard)
     done = {unit.name: record for unit in units if (record := stored_record(store, unit))}
     num_done = sum(record.num_samples for record in done.values())
-    job = Job(samples=_TarSamples(split=split, order_E=order_E), units=[unit for unit in units if unit.name not in done], store=store)
+    samples = _TarSamples(folder=folder, train=train, order_E=order_E)
+    job = Job(samples=samples, units=[unit for unit in units if unit.name not in done], store=store)
     for record in run_units(job, executor, lambda images, size, skipped: on_progress(name, len(order_E), num_done + images, size, skipped)):
         done[record.name] = record
     entry = split_entry(store, name, [done[unit.name] for unit in units], num_classes)

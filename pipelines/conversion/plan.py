@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,12 +18,21 @@ import numpy as np
 
 from pipelines.format.encoding import PixelOptions, prepare_sample
 from pipelines.format.index import shard_file
-from pipelines.types import DatasetError, EncodedSample, IntArray, JsonValue, OpenDataset, ShardError
+from pipelines.types import SPLITS, DatasetError, EncodedSample, IntArray, JsonValue, OpenDataset, ShardError
 
 PLAN_FILE = "plan.json"
 _PROBED = 128  # samples looked at per split
 _BLOCK = 512
 _UNKNOWN_BYTES = 100_000  # where no probed sample can be read; validation will say so soon enough
+# What the keys of a plan are to somebody who types a command.
+_READABLE = {
+    "options": "the options of the data set or the seed",
+    "pixels": "what happens to images",
+    "shard_bytes": "shard_bytes",
+    "extras": "the formats or resampled streams",
+    "num_samples": "the number of images",
+    "source_sha256": "the images or their order",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class ConversionPlan:
         extras: what is made from the finished shards: resampled streams and other formats.
         num_samples: of each split's write order.
         source_sha256: of the order, the labels and the names of all samples.
-        samples_per_shard: of each split, estimated.
+        samples_per_shard: of each split, estimated; empty until `sized`.
     """
 
     dataset: str
@@ -80,7 +89,17 @@ class ConversionPlan:
 
     def units(self) -> list[Unit]:
         """All shards of all splits, in order."""
-        return [unit for split, num in self.num_samples.items() for unit in split_units(split, num, self.samples_per_shard[split])]
+        splits = [split for split in SPLITS if split in self.num_samples]  # a stored plan has them in another order
+        return [unit for split in splits for unit in split_units(split, self.num_samples[split], self.samples_per_shard[split])]
+
+    def sized(self, estimate: Estimate) -> ConversionPlan:
+        """With as many samples a shard as make up `shard_bytes` by `estimate`."""
+        sizes = {split: max(1, round(self.shard_bytes / estimate.sample_bytes[split])) for split in self.num_samples}
+        return replace(self, samples_per_shard=sizes)
+
+    def sha256(self) -> str:
+        """Hex; what an earlier run left belongs to this plan only where it has the same."""
+        return hashlib.sha256(self.to_json()).hexdigest()
 
     def to_json(self) -> bytes:
         """UTF-8 JSON with sorted keys."""
@@ -108,11 +127,10 @@ class ConversionPlan:
         mine, theirs = json.loads(self.to_json()), json.loads(stored.to_json())
         different = [key for key in mine if key != "samples_per_shard" and mine[key] != theirs[key]]
         if different:
-            readable = {"source_sha256": "the images or their order", "num_samples": "the number of images"}
-            names = ", ".join(readable.get(key, key) for key in different)
+            names = ", ".join(_READABLE.get(key, key) for key in different)
             raise ShardError(
-                f"the unfinished conversion at {where} was started with other settings ({names} differ): "
-                "repeat the command with the settings it had, or start over with --overwrite"
+                f"the unfinished conversion at {where} was started with other settings ({names} differ): repeat the command with the "
+                "settings it had, or start over with --overwrite alone (of parts: after removing it)"
             )
         return stored
 
@@ -173,9 +191,8 @@ def make_plan(
     pixels: PixelOptions,
     shard_bytes: int,
     extras: Mapping[str, JsonValue],
-    estimate: Estimate,
 ) -> ConversionPlan:
-    """The plan of converting `dataset` in `orders` (per split, int64 [N])."""
+    """The plan of converting `dataset` in `orders` (per split, int64 [N]); still to be `sized`, or compared with a stored one."""
     return ConversionPlan(
         dataset=dataset.name,
         options=dict(dataset.options),
@@ -185,5 +202,5 @@ def make_plan(
         extras=dict(extras),
         num_samples={split: len(order_N) for split, order_N in orders.items()},
         source_sha256=source_sha256(dataset, orders),
-        samples_per_shard={split: max(1, round(shard_bytes / estimate.sample_bytes[split])) for split in orders},
+        samples_per_shard={},
     )

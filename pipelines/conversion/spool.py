@@ -5,8 +5,8 @@ to the spool file of its unit; afterwards units are written from their spool fil
 shards themselves take is needed, and the archive is read once.
 
 A spool file holds entries: an ENTRY record, then `size` bytes: the image or, for a skipped sample (height 0), the sentence that says why.
-How far the archive was read is written down from time to time, with the size of every spool file then; a killed run truncates them to
-that and goes on.
+How far the archive was read is written down from time to time, with the size of every spool file then; the run after a killed one truncates
+them to that and goes on.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +29,13 @@ from pipelines.conversion.plan import Unit
 from pipelines.conversion.unit import Outcome, SourceSamples
 from pipelines.durable import write_atomically
 from pipelines.format.encoding import PreparedSample, prepare_sample
-from pipelines.types import EncodedSample, IntArray, ShardError
+from pipelines.types import DatasetError, EncodedSample, IntArray, ShardError
 
 SPOOL_FOLDER = "spool"
 _STATE_FILE = "state.json"
 _CHECKPOINT_EVERY = 4096  # samples
 _MAX_OPEN = 256  # spool files; shards of one conversion may be more than a process may have files
+_READ_AHEAD = 8  # samples a thread may be ahead of the writer
 
 ENTRY = np.dtype(
     [("key", "<u8"), ("size", "<u4"), ("label", "<i4"), ("height", "<u2"), ("width", "<u2"), ("png", "u1"), ("reencoded", "u1")]
@@ -67,50 +70,57 @@ def spool(
     source: SourceSamples,
     units: list[Unit],
     folder: Path,
-    on_sample: Callable[[int], None],
+    plan_sha256: str,
+    on_progress: Callable[[int, int], None],
 ) -> None:
     """Reads the stream of `source.dataset` once and appends every sample to the spool file of each unit that holds it.
 
     Args:
         source: with the stream, the orders, and what becomes of the pixels.
         units: those to be written; samples of others pass by.
-        folder: of the spool files; what a killed run left there is continued.
-        on_sample: called with the bytes of each sample.
+        folder: of the spool files; what a killed run of the same plan left there is continued.
+        plan_sha256: of the plan.
+        on_progress: called with the samples in the spool files, those of earlier runs included, and the bytes that came in this one.
 
     Raises:
         DatasetError: the archive is damaged, lacks a sample, or holds an image that does not decode where that is not skipped.
         OSError: the disk is full.
     """
     assert source.dataset.stream is not None
-    spools = _Spools(folder, units)
+    spools = _Spools(folder, units, plan_sha256)
     wanted = _Wanted(source.orders, units)
-    num_read = spools.restore()
-    if num_read is None:
+    if spools.restore():
         return
-    samples = islice(source.dataset.stream(), num_read, None)
+    first = spools.num_read
+    samples = islice(source.dataset.stream(), first, None)
     with ThreadPoolExecutor(source.num_threads) as pool:
-        pending: deque[tuple[str, int, int, Future[PreparedSample]]] = deque()
+        pending: deque[tuple[int, Unit, int, int, Future[PreparedSample]]] = deque()
 
         def drain(limit: int) -> None:
             while len(pending) > limit:
-                split, row, label, future = pending.popleft()
-                outcome = source.outcome(future.result)
-                place = wanted.place(split, row)
-                assert place is not None  # or it would not be pending
-                spools.append(*place, label, outcome)
-                on_sample(0 if isinstance(outcome, str) else len(outcome.sample.encoded))
+                num_read, unit, key, label, future = pending.popleft()
+                spools.append(unit, key, label, source.outcome(future.result), num_read)
+                on_progress(spools.num_samples, spools.num_bytes)
 
         try:
-            for split, row, sample in samples:
-                num_read += 1
-                if wanted.place(split, row):
-                    pending.append((split, row, sample.label, pool.submit(prepare_sample, sample, source.pixels)))
-                    drain(8 * source.num_threads)
+            for num_read, (split, row, sample) in enumerate(samples, start=first + 1):
+                place = wanted.place(split, row)
+                if place is not None:
+                    pending.append((num_read, *place, sample.label, pool.submit(prepare_sample, sample, source.pixels)))
+                    drain(_READ_AHEAD * source.num_threads)
                 if num_read % _CHECKPOINT_EVERY == 0:
                     drain(0)
-                    spools.checkpoint(num_read)
+                    spools.checkpoint()
             drain(0)
-            spools.checkpoint(None)
+            spools.checkpoint(complete=True)
+        except DatasetError as error:
+            # Where an archive is cut short, or one image is bad, all before that is good. Damage, of which a checksum tells that may stand
+            # at the very end, can lie anywhere in what was read.
+            if error.__cause__ is None or isinstance(error.__cause__, (EOFError, DatasetError)):
+                spools.checkpoint()
+            else:
+                spools.forget()
+            raise
         finally:
             for *_, future in pending:
                 future.cancel()
@@ -140,71 +150,78 @@ class _Wanted:
 
 
 class _Spools:
-    """The spool files of a conversion and what is known to be in them."""
+    """The spool files of a conversion and what is known to be in them.
 
-    def __init__(self, folder: Path, units: list[Unit]) -> None:
-        self._folder = folder
+    Attributes:
+        num_read: samples of the stream that need not be read again.
+        num_samples: in the files.
+        num_bytes: of the images appended by this run.
+    """
+
+    def __init__(self, folder: Path, units: list[Unit], plan_sha256: str) -> None:
+        self._state_path = folder / _STATE_FILE
+        self._plan_sha256 = plan_sha256
         self._paths = {unit: folder / unit.name for unit in units}
-        self._files: dict[Unit, _File] = {}
-        folder.mkdir(exist_ok=True)
+        self._open: dict[Unit, BinaryIO] = {}
+        self._unsynced: set[Unit] = set()
+        self.num_read, self.num_samples, self.num_bytes = 0, 0, 0
+        folder.mkdir(mode=0o700, exist_ok=True)
 
-    def restore(self) -> int | None:
-        """Samples of the stream that need not be read again, with every spool file as it was then; None when all are in."""
+    def restore(self) -> bool:
+        """Makes every spool file what it was at the last checkpoint; True where the whole stream was read by then."""
         try:
-            state = json.loads((self._folder / _STATE_FILE).read_bytes())
+            state = json.loads(self._state_path.read_bytes())
         except (OSError, ValueError):
-            state = {"num_read": 0, "sizes": {}}
-        if state["num_read"] is None:
-            return None
-        for path in self._paths.values():
-            with path.open("ab") as file:
-                file.truncate(state["sizes"].get(path.name, 0))
-        return int(state["num_read"])
+            state = {}
+        if state.get("plan_sha256") != self._plan_sha256:
+            state = {"num_read": 0, "num_samples": 0, "complete": False, "sizes": {}}
+        self.num_read, self.num_samples = state["num_read"], state["num_samples"]
+        if not state["complete"]:
+            for path in self._paths.values():
+                with path.open("ab") as file:
+                    file.truncate(state["sizes"].get(path.name, 0))
+        return bool(state["complete"])
 
-    def append(self, unit: Unit, key: int, label: int, outcome: Outcome) -> None:
+    def append(self, unit: Unit, key: int, label: int, outcome: Outcome, num_read: int) -> None:
         if isinstance(outcome, str):
             content = outcome.encode("utf-8", "surrogateescape")
             entry = (key, len(content), label, 0, 0, 0, 0)
         else:
             content = outcome.sample.encoded
             entry = (key, len(content), label, outcome.height, outcome.width, outcome.sample.extension == "png", outcome.reencoded)
+            self.num_bytes += len(content)
         self._file(unit).write(np.array(entry, ENTRY).tobytes() + content)
+        self._unsynced.add(unit)
+        self.num_read = num_read
+        self.num_samples += 1
 
-    def checkpoint(self, num_read: int | None) -> None:
-        """Makes what was appended last, then writes down how far the stream was read (None: to its end)."""
-        for file in self._files.values():
-            file.sync()
+    def checkpoint(self, *, complete: bool = False) -> None:
+        """Makes what was appended last, then writes down how far the stream was read."""
+        for file in self._open.values():
+            file.flush()
+        for unit in self._unsynced:
+            with self._paths[unit].open("rb") as written:
+                os.fsync(written.fileno())
+        self._unsynced.clear()
+        state = {"plan_sha256": self._plan_sha256, "num_read": self.num_read, "num_samples": self.num_samples, "complete": complete}
         sizes = {path.name: path.stat().st_size for path in self._paths.values()}
-        write_atomically(self._folder / _STATE_FILE, json.dumps({"num_read": num_read, "sizes": sizes}).encode())
+        write_atomically(self._state_path, json.dumps({**state, "sizes": sizes}).encode())
+
+    def forget(self) -> None:
+        """Nothing of what was read counts."""
+        self._state_path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        while self._files:
-            self._files.popitem()[1].close()
+        while self._open:
+            with suppress(OSError):  # a full disk; what counts is checkpointed
+                self._open.popitem()[1].close()
 
-    def _file(self, unit: Unit) -> _File:
-        if unit not in self._files:
-            if len(self._files) >= _MAX_OPEN:
-                self._files.pop(next(iter(self._files))).close()
-            self._files[unit] = _File(self._paths[unit])
-        return self._files[unit]
-
-
-class _File:
-    """An append-only file that is synced when closed, so that a checkpoint need only sync the open ones."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
-
-    def write(self, content: bytes) -> None:
-        self._file.write(content)
-
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self.sync()
-        self._file.close()
+    def _file(self, unit: Unit) -> BinaryIO:
+        if unit not in self._open:
+            if len(self._open) >= _MAX_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[unit] = self._paths[unit].open("ab")
+        return self._open[unit]
 
 
 def _entries(content: NDArray[np.uint8]) -> dict[int, int]:

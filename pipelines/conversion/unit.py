@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import BinaryIO
 
 import numpy as np
@@ -52,7 +53,7 @@ class UnitRecord:
     """What became of a unit, kept beside its tar until the conversion is complete.
 
     Args:
-        name: of the unit.
+        name, start: of the unit.
         file: of its tar; "" where no sample was left.
         num_samples, shard_bytes, sha256: of the tar.
         num_reencoded: images whose bytes are not the source's.
@@ -61,6 +62,7 @@ class UnitRecord:
     """
 
     name: str
+    start: int
     file: str
     num_samples: int
     shard_bytes: int
@@ -95,13 +97,21 @@ def record_file(unit: Unit) -> str:
 
 
 def stored_record(store: Store, unit: Unit) -> UnitRecord | None:
-    """The record of a unit that is finished: its record is whole and its tar has the size that it says."""
+    """The record of a unit that is finished: its record is whole, of the same samples, and its tar has the size that it says.
+
+    Raises:
+        ShardError: a remote store does not answer, which is not the same as nothing being there.
+    """
     try:
-        record = UnitRecord.from_json(store.read_bytes(record_file(unit)))
-    except (FileNotFoundError, ValueError):
+        content = store.read_bytes(record_file(unit))
+    except FileNotFoundError:
         return None
-    whole = record.name == unit.name and (not record.file or store.size(record.file) == record.shard_bytes)
-    return record if whole else None
+    try:
+        record = UnitRecord.from_json(content)
+    except ValueError:
+        return None
+    same = (record.name, record.start, record.num_samples + len(record.skipped)) == (unit.name, unit.start, unit.stop - unit.start)
+    return record if same and (not record.file or store.size(record.file) == record.shard_bytes) else None
 
 
 def convert_unit(samples: Samples, unit: Unit, store: Store, tally: Tally) -> UnitRecord:
@@ -113,17 +123,18 @@ def convert_unit(samples: Samples, unit: Unit, store: Store, tally: Tally) -> Un
         Stopped: `tally.stop` was set.
     """
     file = shard_file(unit.split, unit.number)
-    outcomes = samples(unit)
+    outcomes = _counted(samples(unit), tally)
     first: list[Outcome] = []
-    # A split whose images are all skipped in this range leaves no tar: readers refuse an empty one.
     for outcome in outcomes:
         first.append(outcome)
         if not isinstance(outcome, str):
             break
     if not first or isinstance(first[-1], str):
-        tally.row += (0, 0, len(first))
+        # Nothing but skipped images leaves no tar, which readers would refuse; and none of a run that was killed before its record.
+        store.delete(file)
         record = UnitRecord(
             name=unit.name,
+            start=unit.start,
             file="",
             num_samples=0,
             shard_bytes=0,
@@ -134,37 +145,38 @@ def convert_unit(samples: Samples, unit: Unit, store: Store, tally: Tally) -> Un
         )
     else:
         with store.write_file(file) as path, path.open("wb") as tar:
-            record = _write_tar(unit, _chain(first, outcomes), tar, file, tally)
+            record = _write_tar(unit, chain(first, outcomes), tar, file)
     store.write_bytes(record_file(unit), record.to_json())
     return record
 
 
-def _chain(first: list[Outcome], rest: Iterator[Outcome]) -> Iterator[Outcome]:
-    yield from first
-    yield from rest
+def _counted(outcomes: Iterator[Outcome], tally: Tally) -> Iterator[Outcome]:
+    """Passes `outcomes` on until the worker is told to stop."""
+    for outcome in outcomes:
+        if tally.stop[0]:
+            raise Stopped
+        tally.row += (0, 0, 1) if isinstance(outcome, str) else (1, len(outcome.sample.encoded), 0)
+        tally.on_sample()
+        yield outcome
 
 
-def _write_tar(unit: Unit, outcomes: Iterator[Outcome], file: BinaryIO, name: str, tally: Tally) -> UnitRecord:
+def _write_tar(unit: Unit, outcomes: Iterator[Outcome], file: BinaryIO, name: str) -> UnitRecord:
     tar = TarWriter(file)
     records: list[tuple[int, int, int, int, int, int]] = []
     skipped: list[str] = []
     num_reencoded = 0
     for key, outcome in enumerate(outcomes, start=unit.start):
-        tally.on_sample()
-        if tally.stop[0]:
-            raise Stopped
         if isinstance(outcome, str):
             skipped.append(outcome)
-            tally.row[2] += 1
             continue
         sample, height, width, reencoded = outcome
         offset = tar.add(key, sample)
         records.append((0, len(sample.encoded), offset, sample.label, height, width))
         num_reencoded += reencoded
-        tally.row[:2] += (1, len(sample.encoded))
     sha256 = tar.finish()
     return UnitRecord(
         name=unit.name,
+        start=unit.start,
         file=name,
         num_samples=len(records),
         shard_bytes=tar.num_bytes,

@@ -36,11 +36,12 @@ class ShakyFileSystem(MemoryFileSystem):
     protocol = "shaky"
     store: dict[str, Any] = {}  # noqa: RUF012 - MemoryFileSystem's own way to share the files of all instances
     pseudo_dirs = [""]  # noqa: RUF012
-    failures: list[BaseException | int] = []  # noqa: RUF012 - an exception to raise, or how many bytes to lose
+    failures: list[BaseException | int] = []  # noqa: RUF012 - an exception to raise amid the file, or how many bytes to lose
 
     def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
         failure = self.failures.pop() if self.failures else 0
         if isinstance(failure, BaseException):
+            super().pipe_file(path, value[:2], **options)
             raise failure
         super().pipe_file(path, value[: len(value) - failure], **options)
 
@@ -60,9 +61,10 @@ class TestBadLines:
 
     def test_one_that_stays_is_a_sentence(self) -> None:
         ShakyFileSystem.failures = [ConnectionResetError("reset by peer")] * 3
+        store = open_store("shaky://a")
         with pytest.raises(ShardError, match=r"cannot write shaky://a/b \(reset by peer\): check the network"):
-            open_store("shaky://a").write_bytes("b", b"content")
-        assert ShakyFileSystem.failures == []
+            store.write_bytes("b", b"content")
+        assert (ShakyFileSystem.failures, store.names(), store.size("b")) == ([], [], None)
 
     def test_a_refusal_is_not_repeated(self) -> None:
         ShakyFileSystem.failures = [PermissionError("no"), PermissionError("read only")]
