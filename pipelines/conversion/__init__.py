@@ -1,8 +1,8 @@
 """Turns an opened data set into a shard folder: planned units, many hands, resumable, all or nothing.
 
 plan: what is written, settled before the first image is read. unit: one tar and its record. executors: processes of this machine, or a Ray
-cluster. spool: sources that can only be read front to back. site: where it is made and how it takes its final name. finish: index, resampled
-streams, betons, manifest. convert: all of it in order.
+cluster. spool: sources that can only be read front to back. site: where it is made and how it takes its final name. finish: index,
+resampled streams, betons, manifest. convert: all of it in order.
 """
 
 from pipelines.conversion.convert import WriteOptions, estimate_work, merge_parts, write_shards

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipelines.config import require, require_choice
 from pipelines.conversion.plan import Unit
-from pipelines.conversion.unit import Samples, Stopped, Tally, UnitRecord, convert_unit
+from pipelines.conversion.unit import Samples, Tally, UnitRecord, convert_unit
 from pipelines.store import Store
 from pipelines.types import BackendError, IntArray, ShardError
 
@@ -130,8 +130,6 @@ def _run_processes(job: Job, num_processes: int, on_progress: OnProgress) -> Ite
             on_progress(*rows_U3.sum(axis=0).tolist())
             num_left -= 1
             yield future.result()
-    except Stopped:
-        raise AssertionError("nobody set stop") from None
     except BrokenProcessPool:
         raise ShardError(
             "a worker process was killed, probably because memory ran out: continue with --resume and fewer --processes"
@@ -194,8 +192,8 @@ def _join_cluster(address: str) -> None:
         ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise BackendError(
-            f"no Ray cluster at {address} ({_first_line(error)}): start one with 'ray start --head' and name it in RAY_ADDRESS (one that asks for a "
-            "token needs RAY_AUTH_MODE=token as well), or leave --executor out"
+            f"no Ray cluster at {address} ({_first_line(error)}): start one with 'ray start --head' and name it in RAY_ADDRESS "
+            "(one that asks for a token needs RAY_AUTH_MODE=token as well), or leave --executor out"
         ) from error
 
 

@@ -60,6 +60,18 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, env=tool_environment(), start_new_session=True, **pipes)  # type: ignore[call-overload,no-any-return]
 
 
+def last_words(process: subprocess.Popen[str]) -> str:
+    """What a process that is about to end says on standard error; neither it nor a worker of it may stay."""
+    try:
+        _, said = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:  # a worker that lives on keeps the pipe open
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise AssertionError(f"process {process.pid} or one of its workers did not end") from None
+    assert_none_left(process.pid)
+    return said
+
+
 def living(group: int) -> list[int]:
     """Processes of a process group that are not zombies."""
     found = []

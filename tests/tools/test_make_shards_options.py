@@ -27,7 +27,18 @@ from pipelines.format import ShardSet, open_shards
 from pipelines.types import UserError
 from tests.pipelines.conversion.test_resampling import dali_reads
 from tests.pipelines.datasets.published import jpeg, write_list, write_tree
-from tests.tools.conversions import ALL_TRAIN, FOLDER, TOOL, digests, must_convert, photo_folder, refusal, start, tool_environment
+from tests.tools.conversions import (
+    ALL_TRAIN,
+    FOLDER,
+    TOOL,
+    digests,
+    last_words,
+    must_convert,
+    photo_folder,
+    refusal,
+    start,
+    tool_environment,
+)
 
 OUT = ("--out", "out")
 
@@ -254,7 +265,7 @@ def test_parts_then_merge_are_the_whole(tmp_path: Path, photos: Path) -> None:
     assert "was started with other settings" in refusal(*arguments, *OUT, "--part", "1/3", "--seed", "9", cwd=tmp_path)
     running = [start(*arguments, *OUT, "--part", part, cwd=tmp_path) for part in ("1/3", "3/3")]
     for process in running:
-        _, said_there = process.communicate(timeout=60)
+        said_there = last_words(process)
         assert (process.returncode, said_there) == (0, "")
     assert "shards: out" in must_convert("merge", *OUT, cwd=tmp_path)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

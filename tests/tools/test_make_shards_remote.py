@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.object_store import S3, running_s3_or_skip
-from tests.tools.conversions import FOLDER, assert_none_left, digests, must_convert, photo_folder, refusal, start
+from tests.tools.conversions import FOLDER, digests, last_words, must_convert, photo_folder, refusal, start
 
 WORK = (*FOLDER, "--shard-bytes", "96KiB", "--processes", "2")
 
@@ -69,8 +69,7 @@ def test_killed_on_the_way_to_a_bucket_and_resumed(s3: S3, work: Path, monkeypat
     while "units/" not in "".join(objects(s3, "killed")) and process.poll() is None and time.monotonic() < deadline_s:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert_none_left(process.pid)
+    last_words(process)
     assert "manifest.json" not in objects(s3, "killed")
     assert "--resume continues it" in refusal(*WORK, *out, cwd=work)
     must_convert(*WORK, *out, "--resume", cwd=work)
