@@ -37,6 +37,13 @@ def read_text(folder: Path, pattern: str) -> str:
     return (lzma.decompress(content) if found[0].suffix == ".xz" else content).decode()
 
 
+def new_folder(farm: Path) -> None:
+    """Makes the folder; what stands there already is not ours to mix with."""
+    if farm.exists():
+        raise DatasetError(f"{farm} exists already: remove it or name another folder")
+    farm.mkdir(parents=True)
+
+
 def thinned(lines: Iterable[str], fraction: float) -> list[str]:
     """The first `fraction` of the lines of each label, at least one."""
     by_label: dict[str, list[str]] = {}
@@ -63,7 +70,7 @@ def link(root: Path, names: Iterable[str], photos: Path) -> int:
 @app.command("imagenet-lt")
 def imagenet_lt(farm: Path, photos: Photos, lists: Lists, fraction: Fraction = 1.0) -> None:
     """train/<wnid>/, val/<wnid>/ and the three lists."""
-    farm.mkdir(parents=True)
+    new_folder(farm)
     names: dict[str, None] = {}
     for split in ("train", "val", "test"):
         lines = thinned(read_text(lists, f"ImageNet_LT_{split}*.txt*").splitlines(), fraction)
@@ -75,7 +82,7 @@ def imagenet_lt(farm: Path, photos: Photos, lists: Lists, fraction: Fraction = 1
 @app.command("inat18")
 def inat18(farm: Path, photos: Photos, lists: Lists, fraction: Fraction = 1.0) -> None:
     """train_val2018/<supercategory>/<category>/ and train2018.json, val2018.json in the competition's form."""
-    farm.mkdir(parents=True)
+    new_folder(farm)
     categories = json.loads(read_text(lists, "categories.json*"))
     counts = json.loads(read_text(lists, "iNaturalist18_train_counts*.json*"))
     val = [line.split()[0] for line in thinned(read_text(lists, "iNaturalist18_val.txt*").splitlines(), fraction)]

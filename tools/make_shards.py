@@ -302,15 +302,15 @@ def print_report(console: Console, name: str, report: WriteReport, out: str) -> 
 def print_estimate(console: Console, dataset: OpenDataset, orders: dict[str, IntArray], options: WriteOptions) -> None:
     """What a dry run says."""
     with console.status("converting a few images, to see"):
-        estimate = estimate_work(dataset, orders, options)
+        estimate, num_bytes = estimate_work(dataset, orders, options)
     num_samples = {split: len(order_N) for split, order_N in orders.items()}
     columns = (Column(name, justify="right") for name in ("images", "bytes", "shards"))
     table = Table("split", *columns, title=f"{dataset.name}: {len(dataset.class_names):,} classes, dry run", title_justify="left")
     for split, num in num_samples.items():
-        num_bytes = int(num * estimate.sample_bytes[split])
-        table.add_row(split, f"{num:,}", decimal(num_bytes), f"{-(-num_bytes // options.shard_bytes):,}")
+        split_bytes = int(num * estimate.sample_bytes[split])
+        table.add_row(split, f"{num:,}", decimal(split_bytes), f"{-(-split_bytes // options.shard_bytes):,}")
     console.print(table)
-    num_bytes, work_s = estimate.total(num_samples)
+    _, work_s = estimate.total(num_samples)
     cores = min(options.executor.num_processes, os.cpu_count() or 1)
     say(console, f"about {decimal(num_bytes)} in {timedelta(seconds=round(work_s / cores))} on {cores} cores; nothing was written")
 

@@ -78,9 +78,20 @@ class WriteOptions:
         return {"formats": sorted(self.formats), "resamplings": [vars(resampling) for resampling in self.resamplings]}
 
 
-def estimate_work(dataset: OpenDataset, orders: Mapping[str, IntArray], options: WriteOptions) -> Estimate:
-    """Bytes and seconds to expect, from converting a few samples of each split."""
-    return probe(dataset, orders, options.pixels)
+def estimate_work(dataset: OpenDataset, orders: Mapping[str, IntArray], options: WriteOptions) -> tuple[Estimate, int]:
+    """What to expect, from converting a few samples of each split, and the bytes of all files together, extras included."""
+    estimate = probe(dataset, orders, options.pixels)
+    return estimate, _needed_bytes(estimate, {split: len(order_N) for split, order_N in orders.items()}, options)
+
+
+def _needed_bytes(estimate: Estimate, num_samples: Mapping[str, int], options: WriteOptions) -> int:
+    needed, _ = estimate.total(num_samples)
+    if "ffcv" in options.formats:
+        needed *= 2
+    for resampling in options.resamplings:
+        if resampling.materialised:
+            needed += int((resampling.epoch_size or num_samples["train"]) * estimate.sample_bytes["train"])
+    return needed
 
 
 def write_shards(
@@ -159,10 +170,9 @@ def merge_parts(out: Path | str, executor: ExecutorOptions | None = None, on_pro
 
 def _write_failure(site: Site, error: OSError) -> ShardError:
     reason = error.strerror or str(error)
-    return ShardError(
-        f"cannot write shards to {site.out}: {reason}; nothing was left under that name, and what is finished waits at "
-        f"{site.store.location} for --resume"
-    )
+    kept = site.folder is None or site.folder.is_dir()
+    waits = f", and what is finished waits at {site.store.location} for --resume" if kept else ""
+    return ShardError(f"cannot write shards to {site.out}: {reason}; nothing was left under that name{waits}")
 
 
 def _require_local(site: Site, dataset: OpenDataset, options: WriteOptions) -> None:
@@ -221,12 +231,7 @@ def _settled_plan(site: Site, dataset: OpenDataset, orders: Mapping[str, IntArra
 
 
 def _require_space(site: Site, dataset: OpenDataset, estimate: Estimate, plan: ConversionPlan, options: WriteOptions) -> None:
-    needed, _ = estimate.total(plan.num_samples)
-    if "ffcv" in options.formats:
-        needed *= 2
-    for resampling in options.resamplings:
-        if resampling.materialised:
-            needed += int((resampling.epoch_size or plan.num_samples["train"]) * estimate.sample_bytes["train"])
+    needed = _needed_bytes(estimate, plan.num_samples, options)
     # A remote store does not say how much it holds, but samples of a stream are laid down here first.
     place = site.out if site.folder is not None else gettempdir() if dataset.stream else None
     free = free_bytes(place) if place is not None else None

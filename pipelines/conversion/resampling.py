@@ -18,6 +18,7 @@ from pipelines.types import IntArray
 
 # All of the partner stream's samplings but "progressive", which means nothing without epochs.
 RESAMPLINGS: tuple[str, ...] = ("class-balanced", "square-root", "power", "effective-number", "instance")
+_MAX_DRAWS = 1 << 30  # of a stream; its order is held in memory
 _MAX_EXPONENT = 10.0  # far beyond use; keeps n^(1−p) and file names in bounds
 
 
@@ -47,7 +48,8 @@ class Resampling:
             0.0 <= self.exponent <= _MAX_EXPONENT, f"the exponent of a resampling must lie in [0, {_MAX_EXPONENT:g}], not {self.exponent}"
         )
         require(0.0 <= self.beta < 1.0, f"beta must lie in [0, 1), not {self.beta}")
-        require(self.epoch_size is None or self.epoch_size >= 1, f"epoch_size must be at least 1, not {self.epoch_size}")
+        size = self.epoch_size
+        require(size is None or 1 <= size <= _MAX_DRAWS, f"epoch_size must lie in 1…{_MAX_DRAWS:,}, not {size}")
 
     @property
     def name(self) -> str:

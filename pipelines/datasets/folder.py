@@ -105,9 +105,16 @@ def _entries(folder: Path, *, folders: bool) -> list[str]:
     """Sorted names of the visible folders, or of the visible files, in `folder`; the listing tells the kind, without a stat per file."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir() == folders)
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_dir(entry) == folders)
     except OSError as error:
         raise DatasetError(f"cannot list {folder} ({error.strerror}): make it readable and run the command again") from error
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle: a file that cannot be read, which is named, or skipped, when it is its turn
+        return False
 
 
 def _images(folder: Path) -> list[str]:

@@ -97,13 +97,14 @@ def _load(source: Path) -> Mapping[str, Any]:
 
 @contextmanager
 def _quiet_and_offline() -> Iterator[None]:
-    """No progress bars beside ours, and no network, whatever a README in the folder asks for; both as before afterwards."""
+    """No progress bars and log lines beside ours, and no network, whatever a README in the folder asks for; both as before afterwards."""
     import datasets
     from huggingface_hub import constants
 
     online = [(module, getattr(module, "HF_HUB_OFFLINE", False)) for module in (datasets.config, constants)]
-    had_bars = not datasets.are_progress_bars_disabled()
+    had_bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises as well
     for module, _ in online:
         setattr(module, "HF_HUB_OFFLINE", True)  # noqa: B010, mypy knows it as constant
     try:
@@ -111,6 +112,7 @@ def _quiet_and_offline() -> Iterator[None]:
     finally:
         for module, before in online:
             setattr(module, "HF_HUB_OFFLINE", before)  # noqa: B010
+        datasets.logging.set_verbosity(verbosity)
         if had_bars:
             datasets.enable_progress_bars()
 

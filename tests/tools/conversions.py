@@ -63,7 +63,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 def last_words(process: subprocess.Popen[str]) -> str:
     """What a process that is about to end says on standard error; neither it nor a worker of it may stay."""
     try:
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=30)
     except subprocess.TimeoutExpired:  # a worker that lives on keeps the pipe open
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -134,6 +135,22 @@ def test_interrupted_it_says_how_to_continue(tmp_path: Path, signal_number: int,
         assert not list((tmp_path / "out.partial").rglob("*.partial"))
     must_convert(*WORK, "--resume", cwd=tmp_path)
     assert open_shards(tmp_path / "out").num_samples("train") == 320
+
+
+@pytest.mark.slow
+def test_interrupted_just_when_a_shard_ends_it_never_hangs(tmp_path: Path) -> None:
+    # An interrupt between two locks of the process pool would keep one of them for ever.
+    photo_folder(tmp_path / "photos", {"ant": 200, "bee": 100}, size=96)
+    draw = random.Random(5)
+    for attempt in range(20):
+        process = start(*FOLDER, "--out", "out", "--shard-bytes", "16KiB", "--processes", "2", cwd=tmp_path)
+        wait_for_a_shard(tmp_path)
+        time.sleep(draw.random() * 0.2)
+        signal_number = (signal.SIGINT, signal.SIGTERM)[attempt % 2]
+        os.killpg(process.pid, signal_number)
+        assert last_words(process).startswith("interrupted: ") or process.returncode == 0
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 @pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -95,7 +95,7 @@ class TestOptions:
             ({"sampling": "power", "exponent": float("nan")}, r"exponent of a resampling must lie in \[0, 10\], not nan"),
             ({"sampling": "power", "exponent": -1.0}, r"exponent of a resampling must lie in \[0, 10\], not -1"),
             ({"sampling": "effective-number", "beta": 1.0}, r"beta must lie in \[0, 1\), not 1.0"),
-            ({"sampling": "instance", "epoch_size": 0}, "epoch_size must be at least 1, not 0"),
+            ({"sampling": "instance", "epoch_size": 0}, "epoch_size must lie in 1…1,073,741,824, not 0"),
         ],
     )
     def test_impossible_options_are_one_sentence(self, options: dict[str, object], sentence: str) -> None:
