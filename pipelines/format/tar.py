@@ -6,10 +6,12 @@ import hashlib
 import tarfile
 from typing import BinaryIO
 
+from pipelines.durable import begin_writeback
 from pipelines.types import EncodedSample
 
 _BLOCK = tarfile.BLOCKSIZE
 _MODE = 0o444
+_WRITEBACK_BYTES = 8 << 20
 _NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)  # POSIX ustar, fields of a header
 _BLANK_SUM_BYTE = 32  # the checksum is taken with its own eight bytes as spaces
 
@@ -46,6 +48,7 @@ class TarWriter:
         self._file = file
         self._digest = hashlib.sha256()
         self.num_bytes = 0
+        self._begun = 0  # bytes that the disk was told to take
 
     def add(self, key: int, sample: EncodedSample) -> int:
         """Appends one sample; returns the offset of its image bytes in the tar."""
@@ -67,3 +70,6 @@ class TarWriter:
         self._file.write(content)
         self._digest.update(content)
         self.num_bytes += len(content)
+        if self.num_bytes - self._begun >= _WRITEBACK_BYTES:
+            begin_writeback(self._file, self._begun, self.num_bytes)
+            self._begun = self.num_bytes
