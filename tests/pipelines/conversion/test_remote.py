@@ -198,6 +198,28 @@ class TestMemory:
         convert(photos, "memory://out", resume=True)
         assert memory() == local
 
+    def test_starting_over_removes_the_manifest_first_and_the_plan_last(
+        self, photos: Path, memory: Look, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However far it comes, a manifest has all its shards, and no record outlives its plan."""
+        removed: list[str] = []
+        delete = RemoteStore.delete
+
+        def remember(self: RemoteStore, name: str) -> None:
+            removed.append(name)
+            delete(self, name)
+
+        convert(photos, "memory://out")
+        convert(photos, "memory://elsewhere", part=(1, 2))
+        for name in ("plan.json", "units/train-000000.json"):
+            fsspec.filesystem("memory").pipe(f"/out/{name}", fsspec.filesystem("memory").cat(f"/elsewhere/{name}"))
+        fsspec.filesystem("memory").rm("/elsewhere", recursive=True)
+        monkeypatch.setattr(RemoteStore, "delete", remember)
+        Site("memory://out").clear()
+        assert (removed[0], removed[-1]) == ("manifest.json", "plan.json")
+        assert "units/train-000000.json" in removed
+        assert memory() == {}
+
     @pytest.mark.parametrize("name", ["holiday.jpg", "manifest.json", "deep/holiday.jpg"])
     def test_other_peoples_files_are_not_removed(self, photos: Path, memory: Look, name: str) -> None:
         fsspec.filesystem("memory").pipe(f"/out/{name}", b'{"name": "holiday"}')

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -253,7 +254,15 @@ def test_parts_share_a_place_with_parts_only(photos: Path, made: dict[str, Path]
 
 
 def test_who_waited_for_a_lock_holds_the_one_that_others_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited, leave = threading.Event(), threading.Event()
+    opened, removed, waited, leave = (threading.Event() for _ in range(4))
+    flock = site._flock
+
+    def late(file: TextIO, kind: int) -> bool:
+        """The second to come has opened the file, but asks for the lock only when the first has removed it."""
+        if threading.current_thread() is second:
+            opened.set()
+            removed.wait(5)
+        return flock(file, kind)
 
     def wait_for_it() -> None:
         with Site(str(tmp_path / "out")).locked(""):
@@ -261,11 +270,14 @@ def test_who_waited_for_a_lock_holds_the_one_that_others_see(tmp_path: Path, mon
             leave.wait(10)
 
     second = threading.Thread(target=wait_for_it)
-    with Site(str(tmp_path / "out")).locked(""):
-        second.start()
-        assert not waited.wait(0.3)
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(site, "_flock", late)
+        with Site(str(tmp_path / "out")).locked(""):
+            second.start()
+            assert opened.wait(5)
+        removed.set()
         assert waited.wait(5)
+    try:
         monkeypatch.setattr(site, "_LOCK_PATIENCE_S", 0.2)
         with pytest.raises(ShardError, match="another run is writing"), Site(str(tmp_path / "out")).locked(""):
             pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,9 @@ from tests.pipelines.conversion.sources import (
     die_after_writing,
     dies_at,
     digests,
+    ended,
     identities,
+    in_child,
     jpeg,
     must_die,
     orders_of,
@@ -231,6 +234,18 @@ def test_parts_read_the_archive_each_for_itself(source: Path, undisturbed: Path,
     assert digests(tmp_path / "out") == digests(undisturbed)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_a_part_has_skipped_is_counted_once(source: Path, tmp_path: Path, number: int) -> None:
+    archive = mended(source, tmp_path / "in", lambda members: members.update({ENTRIES["train"][7][0]: b""}))
+    convert_archive(archive, tmp_path / "out", part=(number, 2), on_error="skip")
+    progress = Progress()
+    report = convert_archive(archive, tmp_path / "out", progress, resume=True, on_error="skip")
+    progress.assert_sound()
+    assert progress.seen["archive"][-1] == (TOTAL, TOTAL)
+    assert report is not None
+    assert report.num_skipped == 1
+
+
 @pytest.mark.parametrize("limit", [1, 5, 20])
 def test_a_limit_takes_the_same_samples(source: Path, tmp_path: Path, limit: int) -> None:
     convert_archive(source / "images.tar", tmp_path / "random", limit=limit)
@@ -242,14 +257,21 @@ def test_a_limit_takes_the_same_samples(source: Path, tmp_path: Path, limit: int
     assert len(contents(tmp_path / "out", "train")) == limit
 
 
-@pytest.mark.parametrize("most", [1, 2])
-def test_more_shards_than_files_may_be_open(
-    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
-) -> None:
+@pytest.mark.parametrize("most", [1, 4])
+def test_more_shards_than_files_may_be_open(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr(spool, "_MAX_OPEN", most)
-    must_die(lambda: convert_archive(source / "images.tar.gz", tmp_path / "out", dies_at("archive", 20)))
-    convert_archive(source / "images.tar.gz", tmp_path / "out", resume=True)
-    assert digests(tmp_path / "out") == digests(undisturbed)
+    archive, small = source / "images.tar.gz", {"shard_bytes": 1 << 10}  # a shard for every image
+
+    def limited() -> None:
+        files = len(list(Path("/proc/self/fd").iterdir())) + most + 15
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        convert_archive(archive, tmp_path / "out", resume=True, **small)
+
+    must_die(lambda: convert_archive(archive, tmp_path / "out", dies_at("archive", 20), **small))
+    assert ended(in_child(limited)) == 0
+    convert_archive(archive, tmp_path / "undisturbed", **small)
+    assert len(list((tmp_path / "out").glob("*.tar"))) == TOTAL
+    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
 
 
 def test_spool_files_go_as_their_shards_come(source: Path, tmp_path: Path) -> None:
