@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from bce3s.cli import run_app
+from pipelines.conversion.beton import check_beton
 from pipelines.format import open_shards
 from pipelines.format.index import read_manifest
 from pipelines.format.repair import repair_indexes
 from pipelines.format.verify import verified_bytes, verify_shards
-from pipelines.types import SPLITS, BackendError, ShardError
+from pipelines.types import SPLITS, ShardError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _MAX_SHOWN = 50
@@ -40,16 +41,11 @@ def beton_faults(root: Path) -> list[str]:
 
     Raises:
         ShardError: the shards do not open.
-        BackendError: a package that reading betons needs is missing.
     """
     shards = open_shards(root)
     betons = {name: shards.manifest["splits"][name]["beton"] for name in SPLITS if "beton" in shards.manifest["splits"][name]}
     if not betons:
         return []
-    try:
-        from pipelines.conversion.beton import check_beton
-    except ImportError as error:
-        raise BackendError(f"the betons were not compared with the tars ({error}): run 'pip install \"bce3s[ffcv]\"'") from error
     return [fault for name, entry in betons.items() for fault in check_beton(root / entry["file"], shards.split(name))]
 
 
@@ -88,7 +84,7 @@ def verify(
     faults = [str(problem) for problem in problems if not problem.warning]
     try:
         faults += [] if faults else beton_faults(root)
-    except (ShardError, BackendError) as error:
+    except ShardError as error:
         faults.append(str(error))
     _print_problems(console, [f"warning: {problem}" for problem in problems if problem.warning], "yellow")
     _print_problems(console, faults, "red")

@@ -12,7 +12,6 @@ Within a pair samples lie as they were drawn, at random. The order file holds th
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import mmap
 import os
@@ -26,10 +25,11 @@ from numpy.typing import NDArray
 
 from pipelines.conversion.resampling import Resampling, resampled_order
 from pipelines.durable import publish_folder, write_atomically
+from pipelines.format.index import npy_bytes
+from pipelines.format.tar import TAR_BLOCK
 from pipelines.types import IntArray, ShardError
 
 MAX_PATHS = 512  # half of the usual limit of 1024 open files; exceeded only by a split of more tars
-_BLOCK = 512
 _PIECE = 1 << 14  # samples
 _PNG_FIRST_BYTE = 0x89  # a JPEG begins with 0xFF
 # `ext offset size name` of each component, what NVIDIA's wds2idx writes; offsets are those of the contents, behind the tar header.
@@ -109,7 +109,7 @@ def index_text(index: NDArray[np.void], ids: IntArray, png_N: NDArray[np.bool_])
     """The index file that makes DALI read the samples `ids`, all of one tar, in this order; `index` and `png_N` are the split's [N]."""
     records = index[ids]
     sizes, offsets = records["size"].astype(np.int64), records["offset"].astype(np.int64)
-    label_offsets = offsets + sizes + -sizes % _BLOCK + _BLOCK  # behind the padded image and the header of the label
+    label_offsets = offsets + sizes + -sizes % TAR_BLOCK + TAR_BLOCK  # behind the padded image and the header of the label
     label_sizes = 1 + np.searchsorted(10 ** np.arange(1, 10), records["label"], side="right")  # decimal digits
     values = np.stack([offsets, sizes, ids, label_offsets, label_sizes, ids], axis=1)
     # One format call for many samples: several times faster than one for each; in pieces, as it holds a Python object for every number.
@@ -137,10 +137,9 @@ def _are_png(folder: Path, index: NDArray[np.void], shard_files: Sequence[str], 
 
 
 def _write_order(path: Path, drawn_E: IntArray) -> dict[str, str]:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, drawn_E.astype("<u4"), version=(1, 0), allow_pickle=False)
-    write_atomically(path, buffer.getvalue())
-    return {"file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    content = npy_bytes(drawn_E.astype("<u4"))
+    write_atomically(path, content)
+    return {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _write_dali(

@@ -17,8 +17,8 @@ from pipelines.conversion.plan import ConversionPlan, Unit, split_units
 from pipelines.conversion.resampling import Resampling, resampled_order
 from pipelines.conversion.unit import UNIT_FOLDER, Outcome, UnitRecord, stored_record
 from pipelines.format.encoding import PreparedSample
-from pipelines.format.index import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, MANIFEST_FILE, index_bytes, index_file, manifest_bytes
-from pipelines.format.reader import ShardSplit
+from pipelines.format.index import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, MANIFEST_FILE, index_file, manifest_bytes, npy_bytes
+from pipelines.format.reader import ShardSplit, read_index
 from pipelines.store import Store
 from pipelines.types import DatasetError, EncodedSample, IntArray
 
@@ -57,7 +57,7 @@ def split_entry(store: Store, name: str, records: list[UnitRecord], num_classes:
     filled = [record for record in records if record.num_samples]
     index = np.concatenate([record.records_N for record in filled]) if filled else np.zeros(0, INDEX_DTYPE)
     index["shard"] = np.repeat(np.arange(len(filled)), [record.num_samples for record in filled])
-    content = index_bytes(index)
+    content = npy_bytes(index)
     store.write_bytes(index_file(name), content)
     shards = [
         {"file": record.file, "num_samples": record.num_samples, "shard_bytes": record.shard_bytes, "sha256": record.sha256}
@@ -112,8 +112,9 @@ class _TarSamples:
     def __call__(self, unit: Unit) -> Iterator[Outcome]:
         # Mapped anew for every unit: a map that went to a cluster with its job would take all its bytes along.
         split = ShardSplit(self.folder, "train", self.train)
-        for sample_id in self.order_E[unit.start : unit.stop].tolist():
-            encoded = split.encoded(np.array([sample_id]))[0].tobytes()
+        ids = self.order_E[unit.start : unit.stop]
+        for sample_id, view in zip(ids.tolist(), split.encoded(ids), strict=True):
+            encoded = view.tobytes()
             extension = "jpg" if encoded.startswith(_JPEG_MAGIC) else "png"
             sample = EncodedSample(encoded=encoded, extension=extension, label=int(split.labels_N[sample_id]), source="")
             yield PreparedSample(sample, int(split.heights_N[sample_id]), int(split.widths_N[sample_id]), False)
@@ -159,8 +160,8 @@ def write_extras(
         if resampling.materialised:
             entry = materialise(folder, store, train, resampling, plan.samples_per_shard["train"], executor, on_progress)
         else:
-            index = np.load(folder / index_file("train"))
-            entry = write_virtual(folder, "train", index, [shard["file"] for shard in train["shards"]], resampling, len(plan.class_names))
+            files = [shard["file"] for shard in train["shards"]]
+            entry = write_virtual(folder, "train", read_index(folder, train), files, resampling, len(plan.class_names))
         manifest.setdefault("resampled", []).append(entry)
     if "ffcv" in plan.extras["formats"]:
         betons(folder, store, manifest["splits"], on_progress)

@@ -18,11 +18,11 @@ import numpy as np
 
 from pipelines.format.encoding import PixelOptions, prepare_sample
 from pipelines.format.index import shard_file
+from pipelines.format.tar import tar_bytes
 from pipelines.types import SPLITS, DatasetError, EncodedSample, IntArray, JsonValue, OpenDataset, ShardError
 
 PLAN_FILE = "plan.json"
 _PROBED = 128  # samples looked at per split
-_BLOCK = 512
 _UNKNOWN_BYTES = 100_000  # where no probed sample can be read; validation will say so soon enough
 # What the keys of a plan are to somebody who types a command.
 _READABLE = {
@@ -151,11 +151,6 @@ def source_sha256(dataset: OpenDataset, orders: Mapping[str, IntArray]) -> str:
         digest.update(np.ascontiguousarray(source.labels_N, "<i8").tobytes())
         digest.update("\0".join(source.sources).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def tar_bytes(encoded_bytes: int) -> int:
-    """What a sample takes in a tar: two headers, the image in whole blocks, the label in one."""
-    return encoded_bytes + -encoded_bytes % _BLOCK + 3 * _BLOCK
 
 
 def probe(dataset: OpenDataset, orders: Mapping[str, IntArray], pixels: PixelOptions) -> Estimate:

@@ -63,13 +63,13 @@ class UnitRecord:
 
     name: str
     start: int
-    file: str
-    num_samples: int
-    shard_bytes: int
-    sha256: str
-    num_reencoded: int
+    file: str = ""
+    num_samples: int = 0
+    shard_bytes: int = 0
+    sha256: str = ""
+    num_reencoded: int = 0
     skipped: tuple[str, ...]
-    records_N: NDArray[np.void]
+    records_N: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, INDEX_DTYPE))
 
     def to_json(self) -> bytes:
         """UTF-8 JSON; the records as base64."""
@@ -132,17 +132,7 @@ def convert_unit(samples: Samples, unit: Unit, store: Store, tally: Tally) -> Un
     if not first or isinstance(first[-1], str):
         # Nothing but skipped images leaves no tar, which readers would refuse; and none of a run that was killed before its record.
         store.delete(file)
-        record = UnitRecord(
-            name=unit.name,
-            start=unit.start,
-            file="",
-            num_samples=0,
-            shard_bytes=0,
-            sha256="",
-            num_reencoded=0,
-            skipped=tuple(str(outcome) for outcome in first),
-            records_N=np.zeros(0, INDEX_DTYPE),
-        )
+        record = UnitRecord(name=unit.name, start=unit.start, skipped=tuple(str(outcome) for outcome in first))
     else:
         with store.write_file(file) as path, path.open("wb") as tar:
             record = _write_tar(unit, chain(first, outcomes), tar, file)

@@ -18,9 +18,9 @@ from PIL import Image
 from pipelines.format.encoding import MAX_SIDE, prepare_sample
 from pipelines.format.index import INDEX_DTYPE, open_inside
 from pipelines.format.jpeg_header import read_jpeg_header
+from pipelines.format.tar import TAR_BLOCK
 from pipelines.types import DatasetError, EncodedSample
 
-_BLOCK = tarfile.BLOCKSIZE
 _MAX_MEMBER_BYTES = (1 << 32) - 1  # what the index can hold
 _PNG_MAGIC = b"\x89PNG"
 _MEMBER = re.compile(r"([0-9]{8,})\.(jpg|png|cls)")
@@ -88,7 +88,7 @@ class _Tar:
     def members(self) -> Iterator[tuple[str, int, bytes]]:
         """Yields name, offset and content of each member up to the end mark."""
         while True:
-            start, header = self.position, self.read(_BLOCK)
+            start, header = self.position, self.read(TAR_BLOCK)
             try:
                 info = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
             except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -100,7 +100,7 @@ class _Tar:
             if self.position + info.size > self._num_bytes:
                 raise _Unreadable(f"ends within the member '{info.name}'")
             offset, content = self.position, self.read(info.size)
-            self.read(-info.size % _BLOCK)
+            self.read(-info.size % TAR_BLOCK)
             yield info.name, offset, content
 
     def samples(self) -> Iterator[_Sample]:

@@ -40,10 +40,10 @@ def index_file(split: str) -> str:
     return f"{split}.index.npy"
 
 
-def index_bytes(index: NDArray[np.void]) -> bytes:
-    """The index file of INDEX_DTYPE [N] records; equal records give equal bytes."""
+def npy_bytes(records: NDArray[Any]) -> bytes:
+    """The file of an index (INDEX_DTYPE [N]) or an order (uint32 [E]), which `npy_records` reads; equal records give equal bytes."""
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(buffer, records, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from pipelines.format.index import INDEX_DTYPE, MANIFEST_FILE, npy_records, open_inside, read_manifest
 from pipelines.format.manifest import count_faults, manifest_faults
+from pipelines.format.tar import TAR_BLOCK
 from pipelines.types import SPLITS, IntArray, ShardError
 
 ByteArray = NDArray[np.uint8]
-TAR_BLOCK = 512
 _NAME_BYTES = 100  # the first field of a tar header
 _IMAGE_NAME = re.compile(rb"[0-9]{8,}\.(jpg|png)")
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipelines.durable import write_atomically
 from pipelines.format.examine import Problem, ShardFindings, examine_shard
-from pipelines.format.index import INDEX_DTYPE, MANIFEST_FILE, index_bytes, manifest_bytes, open_inside, read_manifest
+from pipelines.format.index import INDEX_DTYPE, MANIFEST_FILE, manifest_bytes, npy_bytes, open_inside, read_manifest
 from pipelines.format.manifest import manifest_faults, streams
 from pipelines.types import ShardError
 
@@ -93,7 +93,7 @@ def _index_of_tars(
 
 def _replace_index(root: Path, entry: dict[str, Any], index: NDArray[np.void], num_classes: int) -> bool:
     """Brings a split's index file and manifest entry in line with `index`; was the file another one?"""
-    content = index_bytes(index)
+    content = npy_bytes(index)
     entry["num_samples"] = len(index)
     entry["class_counts"] = np.bincount(index["label"], minlength=num_classes).tolist()
     entry["index"]["sha256"] = sha256(content).hexdigest()

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from pipelines.durable import begin_writeback
 from pipelines.types import EncodedSample
 
-_BLOCK = tarfile.BLOCKSIZE
+TAR_BLOCK = tarfile.BLOCKSIZE
 _MODE = 0o444
 _WRITEBACK_BYTES = 8 << 20
 _NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)  # POSIX ustar, fields of a header
@@ -36,6 +36,11 @@ def member_header(name: str, size: int) -> bytes:
     return bytes(header)
 
 
+def tar_bytes(encoded_bytes: int) -> int:
+    """What a sample takes in a tar: two headers, the image in whole blocks, the label in one."""
+    return encoded_bytes + -encoded_bytes % TAR_BLOCK + 3 * TAR_BLOCK
+
+
 class TarWriter:
     """Appends samples to a tar and hashes what it writes.
 
@@ -57,12 +62,12 @@ class TarWriter:
         self._write(member_header(f"{key:08d}.{sample.extension}", size))
         offset = self.num_bytes
         self._write(sample.encoded)
-        self._write(bytes(-size % _BLOCK) + member_header(f"{key:08d}.cls", len(label)) + label.ljust(_BLOCK, b"\0"))
+        self._write(bytes(-size % TAR_BLOCK) + member_header(f"{key:08d}.cls", len(label)) + label.ljust(TAR_BLOCK, b"\0"))
         return offset
 
     def finish(self) -> str:
         """Ends the archive as tar does, in records of 10 KiB; returns its SHA-256, hex."""
-        end = self.num_bytes + 2 * _BLOCK
+        end = self.num_bytes + 2 * TAR_BLOCK
         self._write(bytes(end + -end % tarfile.RECORDSIZE - self.num_bytes))
         return self._digest.hexdigest()
 

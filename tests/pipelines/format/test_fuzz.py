@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.format import INDEX_DTYPE
-from pipelines.format.index import index_bytes
+from pipelines.format.index import npy_bytes
 from pipelines.format.tar import member_header
 from pipelines.format.verify import verify_shards
 from pipelines.types import SPLITS
@@ -212,7 +212,7 @@ def check_records(root: Path, good: Path, changes: list[tuple[str, int, int]]) -
     for field, row, value in changes:
         kind = INDEX_DTYPE[field]
         index[field][row] = np.frombuffer(value.to_bytes(8, "little")[: kind.itemsize], kind)[0]
-    with replaced(root / "train.index.npy", index_bytes(index)):
+    with replaced(root / "train.index.npy", npy_bytes(index)):
         holds_up(root)
 
 
