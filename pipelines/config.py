@@ -11,6 +11,8 @@ SAMPLINGS: tuple[str, ...] = ("power", "instance", "square-root", "class-balance
 DRAWS: tuple[str, ...] = ("independent", "systematic")
 CROPS: tuple[str, ...] = ("none", "pad", "resized")
 POLICIES: tuple[str, ...] = ("none", "autoaugment-cifar10")
+FEEDS: tuple[str, ...] = ("memory", "index")
+ON_ERROR: tuple[str, ...] = ("stop", "skip")
 
 
 def require_choice(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -95,15 +97,70 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DaliConfig:
+    """Of the loader `dali`.
+
+    Args:
+        feed: "memory" hands views of the mapped tars to DALI, "index" lets DALI's own reader follow index files written in the order.
+        hw_decoder_load: share of JPEGs that the GPU's hardware decoder takes, 0…1; −1 is what `bce3s profile` found best on this
+            machine, or DALI's own default where it has not run.
+    """
+
+    feed: str = "memory"
+    hw_decoder_load: float = -1.0
+
+    def __post_init__(self) -> None:
+        require_choice("dali.feed", self.feed, FEEDS)
+        load = self.hw_decoder_load
+        require(load == -1 or 0 <= load <= 1, f"dali.hw_decoder_load is a share from 0 to 1, or -1 for the best known, not {load}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidentConfig:
+    """Of the loader `resident`.
+
+    Args:
+        min_side: shorter side in pixels of the images kept; 0 is what evaluation needs, image_size / eval_crop. No image is enlarged.
+        cache: where decoded sets are kept for the next run: "auto" is beside the shards, from 1 GiB on; "off"; or a folder.
+    """
+
+    min_side: int = 0
+    cache: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.min_side >= 0, f"resident.min_side is pixels and cannot be negative, not {self.min_side}")
+        require(self.cache != "", "resident.cache takes auto, off or a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """Of the loader `webdataset`.
+
+    Args:
+        buffer_bytes: memory for shards a rank, those in use and those on their way.
+        patience_s: seconds a server may fail before a shard counts as missing.
+    """
+
+    buffer_bytes: int = 2 << 30
+    patience_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        require(self.buffer_bytes >= 1, f"stream.buffer_bytes must be at least 1, not {self.buffer_bytes}")
+        require(0 <= self.patience_s < math.inf, f"stream.patience_s must be seconds, not {self.patience_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which loader feeds the run, and how.
 
     Args:
-        loader: a name of `LOADERS`, or "auto": resident up to 64 pixels, else dali.
+        loader: a name of `LOADERS`, or "auto": by size, memory and device.
         batch_size: source images a step over all ranks; a training step decodes twice as many.
         image_size: side in pixels of what the network sees.
         num_threads: decoding threads a rank; 0 is one per core.
         prefetch_batches: batches decoded ahead while a step runs.
+        on_error: what a sample that does not decode any more does in training: "stop" ends the run and names it, "skip" names it and goes
+            on with the next sample of its class in its place. Evaluation always stops.
     """
 
     loader: str = "auto"
@@ -111,10 +168,15 @@ class DataConfig:
     image_size: int = 32
     num_threads: int = 0
     prefetch_batches: int = 2
+    on_error: str = "stop"
+    dali: DaliConfig = DaliConfig()
+    resident: ResidentConfig = ResidentConfig()
+    stream: StreamConfig = StreamConfig()
     order: OrderConfig = OrderConfig()
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
+        require_choice("on_error", self.on_error, ON_ERROR)
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         require(self.image_size >= 8, f"image_size must be at least 8 pixels, not {self.image_size}")
         require(self.num_threads >= 0, f"num_threads cannot be negative, not {self.num_threads}")

@@ -12,6 +12,7 @@ Errors, each one sentence that names the path and the next step:
     ├── ConfigError    an option, name or value that cannot work
     ├── DatasetError   the source images or lists
     ├── ShardError     the shards on disk
+    │   └── DamagedSampleError   samples that do not decode any more; training may go on without them
     └── BackendError   an optional package or device that is missing
 """
 
@@ -46,6 +47,20 @@ class DatasetError(UserError):
 
 class ShardError(UserError):
     """The shards on disk are missing, damaged, or of another version."""
+
+
+class DamagedSampleError(ShardError):
+    """Samples that decoded when the shards were made and do not any more.
+
+    Args:
+        message: the sentence; names up to five of them.
+        ids: int64, their positions in the split's index, at least one.
+    """
+
+    def __init__(self, message: str, ids: IntArray) -> None:
+        """Keeps the ids for whoever goes on without them."""
+        super().__init__(message)
+        self.ids = ids
 
 
 class BackendError(UserError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import re
@@ -82,7 +83,10 @@ class ShardSplit:
 
     Attributes:
         labels_N, heights_N, widths_N: int64 [N].
+        shards_N: uint32 [N], the shard of each sample, a position in `paths`.
+        offsets_N: uint64 [N], where its encoded image starts there.
         sizes_N: uint32 [N], bytes of the encoded images.
+        paths: of the shards.
     """
 
     def __init__(self, root: Path, name: str, entry: dict[str, Any]) -> None:
@@ -97,13 +101,15 @@ class ShardSplit:
             ShardError: a file is missing, damaged or does not fit the manifest; the sentence names it.
         """
         self.name = name
-        self._paths = [root / shard["file"] for shard in entry["shards"]]
+        self.paths = [root / shard["file"] for shard in entry["shards"]]
+        self.shard_bytes = np.array([shard["shard_bytes"] for shard in entry["shards"]], np.int64)
         index = _load_index(root, entry)
         self.labels_N: IntArray = index["label"].astype(np.int64)
         self.heights_N: IntArray = index["height"].astype(np.int64)
         self.widths_N: IntArray = index["width"].astype(np.int64)
-        self._shard_N, self._offset_N, self.sizes_N = index["shard"], index["offset"], index["size"]
+        self.shards_N, self.offsets_N, self.sizes_N = index["shard"], index["offset"], index["size"]
         self._tars = [_map_shard(root, shard) for shard in entry["shards"]]
+        self._addresses = np.array([tar.ctypes.data for tar in self._tars], np.int64)
 
     def __len__(self) -> int:
         """N."""
@@ -112,10 +118,25 @@ class ShardSplit:
     def encoded(self, ids: IntArray) -> list[ByteArray]:
         """The encoded images of `ids` as uint8 views into the mapped tars, no copy."""
         tars = self._tars
-        shards: Sequence[int] = self._shard_N[ids].tolist()
-        starts: Sequence[int] = self._offset_N[ids].tolist()
+        shards: Sequence[int] = self.shards_N[ids].tolist()
+        starts: Sequence[int] = self.offsets_N[ids].tolist()
         sizes: Sequence[int] = self.sizes_N[ids].tolist()
         return [tars[shard][start : start + size] for shard, start, size in zip(shards, starts, sizes, strict=True)]
+
+    def addresses(self, ids: IntArray) -> IntArray:
+        """Where the encoded images of `ids` lie in this process's memory, int64 [S]."""
+        found: IntArray = self._addresses[self.shards_N[ids]] + self.offsets_N[ids].astype(np.int64)
+        return found
+
+    def shrunken(self, ids: IntArray) -> IntArray:
+        """The ids among `ids` whose shard is no longer as long as it was when it was mapped; touching them could end the process.
+
+        A deleted shard stays readable for as long as it is mapped, so it is none of them.
+        """
+        touched = np.unique(self.shards_N[ids])
+        short = [shard for shard in touched.tolist() if _file_bytes(self.paths[shard]) < self.shard_bytes[shard]]
+        found: IntArray = ids[np.isin(self.shards_N[ids], short)]
+        return found
 
     def describe(self, sample_id: int) -> str:
         """Where a sample lies, for messages: 'sample 00000017 of shards/x/train-000000.tar'.
@@ -123,11 +144,18 @@ class ShardSplit:
         Its name in the tar is added where it is another one, because undecodable images before it were left out:
         'sample 00000017 (00000019.jpg) of …'.
         """
-        shard, start = int(self._shard_N[sample_id]), int(self._offset_N[sample_id])
+        shard, start = int(self.shards_N[sample_id]), int(self.offsets_N[sample_id])
         header = self._tars[shard][start - TAR_BLOCK : start]
         member = header[:_NAME_BYTES].tobytes().rstrip(b"\0")
         other = _IMAGE_NAME.fullmatch(member) and not member.startswith(b"%08d." % sample_id)
-        return f"sample {sample_id:08d}{f' ({member.decode()})' if other else ''} of {self._paths[shard]}"
+        return f"sample {sample_id:08d}{f' ({member.decode()})' if other else ''} of {self.paths[shard]}"
+
+
+def _file_bytes(path: Path) -> float:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return math.inf
 
 
 def open_shards(root: Path) -> ShardSet:

@@ -73,7 +73,9 @@ def build_loader(
         raise ConfigError(
             f"crop 'pad' needs stored images of {config.image_size} px, and {shards.root} has others; take --set data.augment.crop=resized"
         )
-    request = PixelRequest(split=data, config=config, training=split == "train", device=device, rank=rank, world_size=world_size, seed=seed)
+    request = PixelRequest(
+        shards=shards, split=data, config=config, training=split == "train", device=device, rank=rank, world_size=world_size, seed=seed
+    )
     return PlannedLoader(request, source_class(request), num_classes=len(shards.class_names))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from pipelines.augment.geometry import FlipArray, WindowArray, center_windows, d
 from pipelines.augment.mix import MixArray, draw_mix
 from pipelines.augment.policies import PolicyPlan, draw_policy
 from pipelines.config import AugmentConfig
-from pipelines.order import INSTANCE, PARTNER, SampleOrder
+from pipelines.order import INSTANCE, PARTNER
 from pipelines.randomness import Purpose, derive_key, position_keys
 from pipelines.types import IntArray
 
@@ -53,10 +54,40 @@ class SplitGeometry:
     image_size: int
 
 
+class StepOrder(Protocol):
+    """Who is drawn when; `SampleOrder` is the exact one."""
+
+    seed: int
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch on every rank."""
+        ...
+
+    def instance_epoch(self, epoch: int) -> IntArray:
+        """int64 [E]: ids of the instance stream."""
+        ...
+
+    def partner_epoch(self, epoch: int) -> IntArray:
+        """int64 [E]: ids of the partner stream."""
+        ...
+
+    def step_positions(self, step: int, rank: int = 0, world_size: int = 1) -> IntArray:
+        """int64 [B]: positions in both streams that `rank` reads at `step`."""
+        ...
+
+
 def train_plans(
-    order: SampleOrder, geometry: SplitGeometry, augment: AugmentConfig, epoch: int, start_step: int, rank: int, world_size: int
+    order: StepOrder,
+    geometry: SplitGeometry,
+    augment: AugmentConfig,
+    epoch: int,
+    start_step: int,
+    rank: int,
+    world_size: int,
+    substitutes_N: IntArray | None = None,
 ) -> Iterator[BatchPlan]:
-    """The plans of one training epoch from `start_step` on."""
+    """The plans of one training epoch from `start_step` on; sample i is drawn as sample `substitutes_N[i]`, int64 [N], where given."""
     streams = (order.instance_epoch(epoch), order.partner_epoch(epoch))
     bases = {
         purpose: [derive_key(order.seed, epoch, stream, purpose) for stream in (INSTANCE, PARTNER)]
@@ -65,6 +96,8 @@ def train_plans(
     for step in range(start_step, order.num_steps):
         positions = order.step_positions(step, rank, world_size)
         ids_S = np.concatenate([stream[positions] for stream in streams])
+        if substitutes_N is not None:
+            ids_S = substitutes_N[ids_S]
         keys = {purpose: np.concatenate([position_keys(base, positions) for base in pair]) for purpose, pair in bases.items()}
         windows_S4, flips_S = draw_windows(
             keys[Purpose.CROP], geometry.heights_N[ids_S], geometry.widths_N[ids_S], geometry.image_size, augment

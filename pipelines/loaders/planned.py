@@ -5,6 +5,7 @@ order ─→ BatchPlan (host) ─→ PixelSource.stream: decode, crop, flip ─�
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,16 +17,19 @@ from pipelines.augment.cutout import cutout
 from pipelines.augment.pixel_ops import upload
 from pipelines.augment.policies import apply_policy
 from pipelines.config import DataConfig
-from pipelines.format import ShardSplit
-from pipelines.loaders.plan import BatchPlan, SplitGeometry, eval_plans, train_plans
+from pipelines.format import ShardSet, ShardSplit
+from pipelines.loaders.plan import BatchPlan, SplitGeometry, StepOrder, eval_plans, train_plans
 from pipelines.order import SampleOrder
-from pipelines.types import Batch
+from pipelines.types import Batch, DamagedSampleError, IntArray
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelRequest:
-    """What a pixel source is asked to serve."""
+    """What a pixel source is asked to serve: `split` of `shards` (`split.name` is its name), on `device`, for `rank` of `world_size`."""
 
+    shards: ShardSet
     split: ShardSplit
     config: DataConfig
     training: bool
@@ -44,11 +48,18 @@ class PixelRequest:
 class PixelSource(Protocol):
     """Turns plans into pixels, in order."""
 
-    stored_size: int | None
-    """Side in pixels to which the source has already brought every image (crops are drawn for that size), or None: as in the index."""
+    stored_sizes: tuple[IntArray, IntArray] | None
+    """Heights and widths, int64 [N], to which the source has already brought the images (crops are drawn for them); None: the index's."""
+
+    order: StepOrder | None
+    """The order the source can serve in training, where it cannot serve every order; None: the exact one."""
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
-        """Yields each plan with its images, uint8 [S, image_size, image_size, 3] on the device, cropped and flipped."""
+        """Yields each plan with its images, uint8 [S, image_size, image_size, 3] on the device, cropped and flipped.
+
+        Raises:
+            DamagedSampleError: samples do not decode; the source can be streamed from again, with plans that avoid them.
+        """
         ...
 
     def close(self) -> None:
@@ -68,26 +79,57 @@ class PlannedLoader:
         split, config = request.split, request.config
         self._request, self._source = request, source
         self._stream = source.stream(iter(()))
-        self._order = SampleOrder(split.labels_N, num_classes, config.batch_size, request.seed, config.order)
-        heights_N, widths_N = split.heights_N, split.widths_N
-        if source.stored_size is not None:
-            heights_N = widths_N = np.full(len(split), source.stored_size, np.int64)
+        self._order = source.order or SampleOrder(split.labels_N, num_classes, config.batch_size, request.seed, config.order)
+        heights_N, widths_N = source.stored_sizes or (split.heights_N, split.widths_N)
         self._geometry = SplitGeometry(heights_N=heights_N, widths_N=widths_N, image_size=config.image_size)
+        self._substitutes_N: IntArray | None = None
         self.num_steps = self._order.num_steps if request.training else -(-len(split) // config.batch_size)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yields the batches of `epoch` from `start_step` on; an epoch still open before is closed first."""
-        self._stream.close()
-        self._stream = self._source.stream(self._plans(epoch, start_step))
-        for plan, images_SHWC in self._stream:
-            yield self._finish(plan, images_SHWC)
+        """Yields the batches of `epoch` from `start_step` on; an epoch still open before is closed first.
+
+        Raises:
+            DamagedSampleError: samples do not decode, and `on_error` is "stop", or this is evaluation, or their class has no other.
+        """
+        next_step: int | None = start_step
+        while next_step is not None:
+            self._stream.close()
+            self._stream = self._source.stream(self._plans(epoch, next_step))
+            try:
+                for plan, images_SHWC in self._stream:
+                    yield self._finish(plan, images_SHWC)
+                    next_step = plan.step + 1
+                next_step = None
+            except DamagedSampleError as error:
+                # What was delivered before stays; the batches from here on are planned anew, without the damaged samples.
+                if self._request.config.on_error == "stop" or not self._request.training:
+                    raise
+                self._substitute(error)
 
     def _plans(self, epoch: int, start_step: int) -> Iterator[BatchPlan]:
         request = self._request
-        augment = request.config.augment
+        augment, rank, world_size = request.config.augment, request.rank, request.world_size
         if request.training:
-            return train_plans(self._order, self._geometry, augment, epoch, start_step, request.rank, request.world_size)
-        return eval_plans(self._geometry, augment.eval_crop, request.config.batch_size, start_step, request.rank, request.world_size)
+            return train_plans(self._order, self._geometry, augment, epoch, start_step, rank, world_size, self._substitutes_N)
+        return eval_plans(self._geometry, augment.eval_crop, request.config.batch_size, start_step, rank, world_size)
+
+    def _substitute(self, error: DamagedSampleError) -> None:
+        """Has the next sample of its class stand in for each damaged one, from now on: a function of the data, not of when it was found."""
+        labels_N = self._request.split.labels_N
+        substitutes_N = np.arange(len(labels_N)) if self._substitutes_N is None else self._substitutes_N.copy()
+        damaged_N = substitutes_N != np.arange(len(labels_N))
+        if damaged_N[error.ids].all():
+            raise error
+        damaged_N[error.ids] = True
+        for label in np.unique(labels_N[error.ids]):
+            members = np.flatnonzero(labels_N == label)
+            whole = members[~damaged_N[members]]
+            if not len(whole):
+                raise error
+            hurt = members[damaged_N[members]]
+            substitutes_N[hurt] = whole[np.searchsorted(whole, hurt) % len(whole)]
+        self._substitutes_N = substitutes_N
+        _LOG.warning("%s; training goes on with another image of the class in its place", error)
 
     def _finish(self, plan: BatchPlan, images_SHWC: torch.Tensor) -> Batch:
         if plan.policy is not None:

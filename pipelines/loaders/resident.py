@@ -25,14 +25,17 @@ from pipelines.types import BackendError, ShardError
 class ResidentPixels:
     """Pixel source over one uint8 tensor [N, size, size, 3] on the device."""
 
+    order = None
+
     def __init__(self, request: PixelRequest) -> None:
         """Decodes the whole split with a few threads; memory is N·size²·3 bytes."""
         self._request = request
         split, config = request.split, request.config
         sizes = np.unique(np.concatenate([split.heights_N, split.widths_N]))
-        self.stored_size: int = int(sizes[0]) if len(sizes) == 1 else round(config.image_size / config.augment.eval_crop)
-        self._resize = len(sizes) != 1
-        images_NHWC = self._empty((len(split), self.stored_size, self.stored_size, 3))
+        stored_size = int(sizes[0]) if len(sizes) == 1 else round(config.image_size / config.augment.eval_crop)
+        self._resize, self._side = len(sizes) != 1, stored_size
+        self.stored_sizes = (np.full(len(split), stored_size, np.int64),) * 2
+        images_NHWC = self._empty((len(split), stored_size, stored_size, 3))
         with ThreadPoolExecutor(config.num_threads or cpu_count() or 1) as pool:
             for start in range(0, len(split), 1024):
                 ids = np.arange(start, min(start + 1024, len(split)))
@@ -65,7 +68,7 @@ class ResidentPixels:
             side = min(upright.size)
             left, top = (upright.width - side) // 2, (upright.height - side) // 2
             upright = upright.resize(
-                (self.stored_size, self.stored_size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side), reducing_gap=None
+                (self._side, self._side), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side), reducing_gap=None
             )
         return np.asarray(upright)
 

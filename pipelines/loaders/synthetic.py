@@ -14,7 +14,8 @@ from pipelines.randomness import Purpose, derive_key
 class SyntheticPixels:
     """Pixel source that returns one block of random pixels, made once on the device, for every batch."""
 
-    stored_size: int | None = None
+    stored_sizes = None
+    order = None
 
     def __init__(self, request: PixelRequest) -> None:
         """Draws the block from the run's seed."""

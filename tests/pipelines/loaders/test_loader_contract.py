@@ -208,7 +208,7 @@ class TestDamageThatReachesTraining:
 
     # DALI 2.4.0 itself sometimes crashes the process on such a sample (docs/log.md), so what follows its error is tested without it.
     def test_dali_names_the_sample_among_those_in_flight(self, make_shards: Any, tmp_path: Path) -> None:
-        from pipelines.loaders.dali import explain_failure
+        from pipelines.loaders.damage import explain_failure
 
         split = self.damaged(make_shards, tmp_path, 5).split("train")
         found = explain_failure(RuntimeError("Critical error in pipeline"), split, np.arange(3, 9))
@@ -216,7 +216,7 @@ class TestDamageThatReachesTraining:
         assert re.search(r"sample 00000005 of \S+train-00000\d\.tar does not decode", str(found))
 
     def test_dali_does_not_blame_samples_that_decode(self, make_shards: Any) -> None:
-        from pipelines.loaders.dali import explain_failure
+        from pipelines.loaders.damage import explain_failure
 
         message = "Critical error in pipeline:\nError in CPU operator x\n\nencountered:\n\nout of memory\nCurrent pipeline object"
         found = explain_failure(RuntimeError(message), make_shards().split("train"), np.arange(8))
