@@ -42,6 +42,7 @@ def fast_train(
     precision: Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="A sample that does not decode any more: stop, or skip it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out; starts it if there is none.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where --out holds a run.")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: --set optimizer.weight_decay=1e-4.")] = None,
@@ -51,6 +52,7 @@ def fast_train(
     from bce3s.config import to_json
 
     flags = {"loss.name": loss, "model.arch": arch, "data.loader": loader, "data.batch_size": batch_size, "optimizer.learning_rate": lr}
+    flags |= {"data.on_error": on_error}
     flags |= {"epochs": epochs, "precision": precision, "device": device, "seed": seed}
     config = _resolve(dataset, recipe, {path: value for path, value in flags.items() if value is not None}, settings or [])
     if print_config:
@@ -70,9 +72,11 @@ def _resolve(dataset: str, recipe: str | None, flags: dict[str, Any], settings: 
 
 
 def _train(config: TrainConfig, shards: Path, out: Path, *, resume: bool, overwrite: bool) -> None:
-    from bce3s.train import LAST_CHECKPOINT, Trainer
+    from dataclasses import replace
+
+    from bce3s.train import LAST_CHECKPOINT, Trainer, saved_loader
     from pipelines.format import open_shards
-    from pipelines.loaders import choose_loader
+    from pipelines.format.bus_error import explain_bus_errors
 
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite starts it anew: give one of them")
@@ -80,15 +84,20 @@ def _train(config: TrainConfig, shards: Path, out: Path, *, resume: bool, overwr
     has_run = (out / LAST_CHECKPOINT).exists()
     if has_run and not (resume or overwrite):
         raise ConfigError(f"{out} holds a run already; add --resume to continue it, --overwrite to start anew, or choose another --out")
-    name, reason = choose_loader(config.data.loader, config.data.image_size)
+    if has_run and resume and config.data.loader == "auto":
+        config = replace(config, data=replace(config.data, loader=saved_loader(out)))
     trainer = Trainer(config, open_shards(shards), out, console)
+    explain_bus_errors(
+        f"a shard of {shards} was cut short, or its disk failed, while it was read; run 'python tools/verify_shards.py {shards}', "
+        f"mend what it names, and continue with --resume"
+    )
     try:
         done = trainer.resume() if has_run and resume else 0
         placement = trainer.placement
         console.print(
             f"{config.loss.name} with {config.model.arch} on {config.dataset} ({int(trainer.train_counts_K.sum()):,} training images, "
-            f"{len(trainer.train_counts_K)} classes); loader {name} ({reason}); {placement.device}, {placement.precision}"
-            + (f"; continuing after epoch {done}" if done else ""),
+            f"{len(trainer.train_counts_K)} classes); loader {trainer.loader_choice.name} ({trainer.loader_choice.reason}); "
+            f"{placement.device}, {placement.precision}" + (f"; continuing after epoch {done}" if done else ""),
             highlight=False,
             soft_wrap=True,
         )

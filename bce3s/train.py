@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from bce3s.losses import build_loss
 from bce3s.metrics import Accuracy
 from bce3s.models import Recogniser, build_recogniser
 from bce3s.progress import TrainingProgress
-from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog, read_metrics
+from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog, read_json, read_metrics
 from bce3s.step import TrainStep
+from bce3s.throughput.waits import DataWaits, Occupancy, binding_sentence
 from pipelines.durable import write_atomically
 from pipelines.format import ShardSet
-from pipelines.loaders import PlannedLoader, build_loader
+from pipelines.loaders import PlannedLoader, build_loader, choose_loader
 from pipelines.types import ConfigError, UserError
 
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last.pt", "best.pt"
@@ -115,6 +116,9 @@ class Trainer:
             )
         self.config, self.shards, self.out, self.console = config, shards, out, console
         self.placement: Placement = resolve_placement(config)
+        self.loader_choice = choose_loader(config.data, shards, self.placement.device)
+        # From here on by its name: a continuation must not choose anew.
+        self.config = config = replace(config, data=replace(config.data, loader=self.loader_choice.name))
         self.train_counts_K = shards.class_counts("train")
         self.report_split = next((split for split in ("test", "val") if shards.num_samples(split)), "")
         if not self.report_split:
@@ -126,6 +130,7 @@ class Trainer:
         with console.status("opening shards"):
             self.loaders = {split: self._loader(split) for split in dict.fromkeys(("train", self.selection_split, self.report_split))}
         self.state = RunState()
+        self._said_data_binds = False
 
     def _loader(self, split: str) -> PlannedLoader:
         return build_loader(self.shards, split, self.config.data, seed=self.config.seed, device=self.placement.device)
@@ -185,35 +190,33 @@ class Trainer:
         self.model.train()
         means = TermMeans()
         started_s = logged_s = time.perf_counter()
-        wait_s = logged_wait_s = 0.0
         num_images = logged_images = 0
-        batches = iter(self.loaders["train"].epoch(epoch))
-        while True:
-            asked_s = time.perf_counter()
-            batch = next(batches, None)
-            wait_s += time.perf_counter() - asked_s
-            if batch is None:
-                break
-            means.add(self.step(batch, self.loaders["train"].num_steps))
+        num_steps = self.loaders["train"].num_steps
+        waits = DataWaits(self.loaders["train"].epoch(epoch), self.placement.device)
+        for batch in waits:
+            means.add(self.step(batch, num_steps))
             num_images += batch.num_sources
             progress.advance(epoch)
             if (batch.step + 1) % self.config.log_every == 0:
                 values = self._finite(means.recent(), epoch)
                 now_s = time.perf_counter()
-                elapsed_s = now_s - logged_s
-                rates = {"images_per_s": (num_images - logged_images) / elapsed_s, "data_wait_share": (wait_s - logged_wait_s) / elapsed_s}
+                rates = {"images_per_s": (num_images - logged_images) / (now_s - logged_s), **asdict(waits.recent())}
                 log.write({"kind": "step", "epoch": epoch, "step": batch.step, **rates, **values})
                 progress.show_rates(rates["images_per_s"], rates["data_wait_share"], values)
-                logged_s, logged_wait_s, logged_images = now_s, wait_s, num_images
+                logged_s, logged_images = now_s, num_images
         values = self._finite(means.epoch(), epoch)
-        elapsed_s = time.perf_counter() - started_s
-        return {
-            "epoch": epoch,
-            "images_per_s": num_images / elapsed_s,
-            "data_wait_share": wait_s / elapsed_s,
-            "train_s": elapsed_s,
-            **values,
-        }
+        elapsed_s, occupancy = time.perf_counter() - started_s, waits.total()
+        self._say_if_data_binds(occupancy)
+        return {"epoch": epoch, "images_per_s": num_images / elapsed_s, "train_s": elapsed_s, **asdict(occupancy), **values}
+
+    def _say_if_data_binds(self, occupancy: Occupancy) -> None:
+        """Once a run: an epoch that waited for data is explained; later ones would only repeat it."""
+        if self._said_data_binds:
+            return
+        sentence = binding_sentence(occupancy, self.loader_choice)
+        if sentence:
+            self._said_data_binds = True
+            self.console.print(sentence, highlight=False, soft_wrap=True)
 
     def _finite(self, values: dict[str, float], epoch: int) -> dict[str, float]:
         """`values`, or an error before anything of a broken model is saved."""
@@ -314,6 +317,15 @@ def build_model(config: TrainConfig, num_classes: int, placement: Placement) -> 
     model = build_recogniser(config.model.arch, num_classes, config.model.projection_dim, pretrained)
     memory_format = torch.channels_last if placement.channels_last else torch.contiguous_format
     return model.to(device=placement.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
+def saved_loader(run: Path) -> str:
+    """The loader that the run in folder `run` was trained with, by its name.
+
+    Raises:
+        UserError: its config is missing or damaged; names the path.
+    """
+    return str(read_json(run / CONFIG_FILE).get("data", {}).get("loader", "auto"))
 
 
 def load_run(state: dict[str, Any], device: str) -> tuple[TrainConfig, Placement, Recogniser]:

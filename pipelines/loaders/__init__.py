@@ -11,31 +11,17 @@ import torch
 
 from pipelines.config import DataConfig, require_choice
 from pipelines.format import ShardSet
+from pipelines.loaders.choice import LoaderChoice, choose_loader
 from pipelines.loaders.planned import PixelRequest, PlannedLoader
 from pipelines.types import ConfigError, ShardError
 
 LOADERS: dict[str, str] = {
-    "dali": "pipelines.loaders.dali:DaliPixels",
+    "dali": "pipelines.loaders.dali:open_dali",
     "resident": "pipelines.loaders.resident:ResidentPixels",
     "synthetic": "pipelines.loaders.synthetic:SyntheticPixels",
 }
-RESIDENT_MAX_IMAGE_SIZE = 64
 
-__all__ = ["LOADERS", "PlannedLoader", "build_loader", "choose_loader"]
-
-
-def choose_loader(name: str, image_size: int) -> tuple[str, str]:
-    """Resolves "auto"; returns the loader's name and why it was chosen, in a few words.
-
-    Raises:
-        ConfigError: unknown name; lists the known ones.
-    """
-    require_choice("loader", name, ("auto", *LOADERS))
-    if name != "auto":
-        return name, "asked for"
-    if image_size <= RESIDENT_MAX_IMAGE_SIZE:
-        return "resident", f"images of {image_size} px or less fit in memory decoded"
-    return "dali", f"images above {RESIDENT_MAX_IMAGE_SIZE} px are decoded while training"
+__all__ = ["LOADERS", "LoaderChoice", "PlannedLoader", "build_loader", "choose_loader"]
 
 
 def build_loader(
@@ -57,7 +43,8 @@ def build_loader(
         ShardError: the split is empty or its shards are damaged.
         BackendError: the loader's package is not installed.
     """
-    name, _ = choose_loader(config.loader, config.image_size)
+    require_choice("loader", config.loader, ("auto", *LOADERS))
+    name = choose_loader(config, shards, device).name if config.loader == "auto" else config.loader
     if shards.num_samples(split) == 0:
         raise ShardError(f"{shards.root} has no samples in its '{split}' split; name another split or make shards that have it")
     if split == "train":

@@ -1,13 +1,14 @@
 """Loader `dali`: NVIDIA DALI decodes only each crop's region, resizes and flips; on the GPU where there is one.
 
-Encoded images are views into the memory-mapped tars and reach DALI without a copy. Both streams of a step are one DALI batch. Crops and
-flips come with the plan, so DALI draws no random numbers and CPU and GPU agree.
+Encoded images are views into the memory-mapped tars and reach DALI without a copy; `dali_index` is the other way to feed it. Both streams
+of a step are one DALI batch. Crops and flips come with the plan, so DALI draws no random numbers, and CPU and GPU agree.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from pipelines.loaders.dali_pipeline import Feed, ScheduledPipeline, new_pipelin
 from pipelines.loaders.damage import SampleGuard, explain_failure, tiny_jpeg
 from pipelines.loaders.decoder_options import decoder_options
 from pipelines.loaders.plan import BatchPlan
-from pipelines.loaders.planned import PixelRequest
+from pipelines.loaders.planned import PixelRequest, PixelSource
 from pipelines.types import UserError
 
 
@@ -131,3 +132,11 @@ class DaliPixels:
     def close(self) -> None:
         """Frees DALI's threads and buffers."""
         self._decoder.close()
+
+
+def open_dali(request: PixelRequest) -> PixelSource:
+    """The source that `config.dali.feed` asks for."""
+    if request.config.dali.feed == "memory":
+        return DaliPixels(request)
+    source: PixelSource = import_module("pipelines.loaders.dali_index").IndexPixels(request)
+    return source

@@ -48,11 +48,15 @@ class PixelRequest:
 class PixelSource(Protocol):
     """Turns plans into pixels, in order."""
 
-    stored_sizes: tuple[IntArray, IntArray] | None
-    """Heights and widths, int64 [N], to which the source has already brought the images (crops are drawn for them); None: the index's."""
+    @property
+    def stored_sizes(self) -> tuple[IntArray, IntArray] | None:
+        """Heights and widths, int64 [N], of the images as the source keeps them, which crops are drawn for; None: as in the index."""
+        ...
 
-    order: StepOrder | None
-    """The order the source can serve in training, where it cannot serve every order; None: the exact one."""
+    @property
+    def order(self) -> StepOrder | None:
+        """The order the source can serve in training, where it cannot serve every order; None: the exact one."""
+        ...
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
         """Yields each plan with its images, uint8 [S, image_size, image_size, 3] on the device, cropped and flipped.

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import io
-import re
-import shutil
 import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +14,16 @@ import torch
 from PIL import Image
 
 from pipelines.config import AugmentConfig, DataConfig, OrderConfig
-from pipelines.format import ShardSet, open_shards
-from pipelines.loaders import LOADERS, PlannedLoader, build_loader, choose_loader
-from pipelines.types import BackendError, Batch, ConfigError, ShardError
+from pipelines.format import ShardSet
+from pipelines.loaders import LOADERS, PlannedLoader, build_loader
+from pipelines.types import Batch, ConfigError, ShardError
 
 CPU = torch.device("cpu")
 PAD = AugmentConfig(crop="pad", policy="autoaugment-cifar10", cutout=8, eval_crop=1.0)
 RESIZED = AugmentConfig(crop="resized", eval_crop=0.875)
 EXACT = ["dali", "resident"]
+OWN_ORDER = {"webdataset"}
+MADE_UP_PIXELS = {"synthetic", "cached"}  # the place in the order does not determine them
 
 
 def config_for(loader: str, augment: AugmentConfig = PAD, **changes: Any) -> DataConfig:
@@ -48,11 +47,12 @@ def ids_of(batches: list[Batch]) -> list[list[int]]:
     return [batch.ids_S.tolist() for batch in batches]
 
 
-def assert_same_pixels(first: list[Batch], second: list[Batch]) -> None:
+def assert_same(loader: str, first: list[Batch], second: list[Batch]) -> None:
     assert ids_of(first) == ids_of(second)
     for one, other in zip(first, second, strict=True):
-        torch.testing.assert_close(one.images_SHWC, other.images_SHWC, rtol=0, atol=0)
         torch.testing.assert_close(one.mix, other.mix, rtol=0, atol=0)
+        if loader not in MADE_UP_PIXELS:
+            torch.testing.assert_close(one.images_SHWC, other.images_SHWC, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -77,14 +77,34 @@ class TestEveryLoader:
         assert sorted(ids.tolist()) == list(range(74))
 
     def test_ids_equal_those_of_every_other_loader_and_thread_count(self, make_shards: Any, loader: str) -> None:
-        expected = ids_of(collect(loader_for(make_shards(), "synthetic", num_threads=1), epoch=2))
+        expected = ids_of(collect(loader_for(make_shards(), loader if loader in OWN_ORDER else "synthetic", num_threads=1), epoch=2))
         for num_threads in (1, 2, 3):
             assert ids_of(collect(loader_for(make_shards(), loader, num_threads=num_threads), epoch=2)) == expected
 
     def test_starting_in_the_middle_continues_exactly(self, make_shards: Any, loader: str) -> None:
         whole = collect(loader_for(make_shards(), loader), epoch=1)
         for start_step in (1, 4, 5):
-            assert_same_pixels(collect(loader_for(make_shards(), loader), epoch=1, start_step=start_step), whole[start_step:])
+            assert_same(loader, collect(loader_for(make_shards(), loader), epoch=1, start_step=start_step), whole[start_step:])
+
+    def test_resumed_twice_in_one_epoch_and_at_its_end(self, make_shards: Any, loader: str) -> None:
+        """Killed in step 2, again in step 3, and again when the epoch was over."""
+        seen: list[Batch] = []
+        for start_step, num_batches in ((0, 2), (2, 1), (3, 2), (5, 0)):
+            used = loader_for(make_shards(), loader)
+            seen += [batch for _, batch in zip(range(num_batches or 99), used.epoch(0, start_step), strict=False)]
+            used.close()
+        assert_same(loader, seen, collect(loader_for(make_shards(), loader)))
+
+    def test_resumed_with_another_world_size(self, make_shards: Any, loader: str) -> None:
+        """Two steps by one rank, the rest by two: the global batches are those of one rank all along."""
+        if loader in OWN_ORDER:
+            pytest.skip("streams each shard to one rank only, so its batches depend on the world size")
+        whole = collect(loader_for(make_shards(), loader))
+        pair = [collect(loader_for(make_shards(), loader, rank=rank, world_size=2), start_step=2) for rank in range(2)]
+        for one, first, second in zip(whole[2:], *pair, strict=True):
+            for stream in range(2):
+                halves = [half.ids_S[stream * half.num_sources :][: half.num_sources] for half in (first, second)]
+                np.testing.assert_array_equal(np.concatenate(halves), one.ids_S[stream * one.num_sources :][: one.num_sources])
 
     def test_an_abandoned_epoch_leaves_no_trace_in_the_next(self, make_shards: Any, loader: str) -> None:
         expected = collect(loader_for(make_shards(), loader), epoch=1)
@@ -93,9 +113,11 @@ class TestEveryLoader:
             batches = iter(used.epoch(0, start_step))
             next(batches)
             batches.close()  # type: ignore[attr-defined]
-        assert_same_pixels(collect(used, epoch=1), expected)
+        assert_same(loader, collect(used, epoch=1), expected)
 
     def test_ranks_share_each_global_batch(self, make_shards: Any, loader: str) -> None:
+        if loader in OWN_ORDER:
+            pytest.skip("streams each shard to one rank only, so its batches depend on the world size")
         single = collect(loader_for(make_shards(), loader))
         pair = [collect(loader_for(make_shards(), loader, rank=rank, world_size=2)) for rank in range(2)]
         for step, whole in enumerate(single):
@@ -185,48 +207,6 @@ def test_a_rank_without_a_sample_of_the_last_batch_is_served(make_shards: Any) -
 def test_what_cannot_be_shared_or_cropped_is_one_sentence(make_shards: Any, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         loader_for(make_shards(), "synthetic", **changes)
-
-
-class TestDamageThatReachesTraining:
-    """Shards are validated when written; a disk can still damage them later."""
-
-    def damaged(self, make_shards: Any, tmp_path: Path, sample_id: int) -> ShardSet:
-        root = tmp_path / "shards"
-        shutil.copytree(make_shards(size=(48, 48), extension="jpg").root, root)
-        record = np.load(root / "train.index.npy")[sample_id]
-        with (root / f"train-{record['shard']:06d}.tar").open("r+b") as tar:
-            kept = int(record["size"]) // 2
-            tar.seek(int(record["offset"]) + kept)
-            tar.write(b"\0" * (int(record["size"]) - kept))
-        return open_shards(root)
-
-    @pytest.mark.parametrize("sample_id", [0, 5])
-    def test_resident_names_the_sample(self, make_shards: Any, tmp_path: Path, sample_id: int) -> None:
-        shards = self.damaged(make_shards, tmp_path, sample_id)
-        with pytest.raises(ShardError, match=rf"sample {sample_id:08d} of .*train-00000\d\.tar does not decode"):
-            collect(loader_for(shards, "resident", augment=RESIZED))
-
-    # DALI 2.4.0 itself sometimes crashes the process on such a sample (docs/log.md), so what follows its error is tested without it.
-    def test_dali_names_the_sample_among_those_in_flight(self, make_shards: Any, tmp_path: Path) -> None:
-        from pipelines.loaders.damage import explain_failure
-
-        split = self.damaged(make_shards, tmp_path, 5).split("train")
-        found = explain_failure(RuntimeError("Critical error in pipeline"), split, np.arange(3, 9))
-        assert isinstance(found, ShardError)
-        assert re.search(r"sample 00000005 of \S+train-00000\d\.tar does not decode", str(found))
-
-    def test_dali_does_not_blame_samples_that_decode(self, make_shards: Any) -> None:
-        from pipelines.loaders.damage import explain_failure
-
-        message = "Critical error in pipeline:\nError in CPU operator x\n\nencountered:\n\nout of memory\nCurrent pipeline object"
-        found = explain_failure(RuntimeError(message), make_shards().split("train"), np.arange(8))
-        assert isinstance(found, BackendError)
-        assert str(found) == "DALI failed while decoding: out of memory"
-
-
-def test_auto_takes_resident_for_small_images_and_dali_above() -> None:
-    assert choose_loader("auto", 64)[0] == "resident"
-    assert choose_loader("auto", 65)[0] == "dali"
 
 
 def test_unknown_loader_lists_the_known_ones(make_shards: Any) -> None:

@@ -1,0 +1,138 @@
+"""How long the device stands still for data while a run trains: what the progress bar, the log and the profile show.
+
+The host's clock alone misleads on CUDA: the host runs ahead of the device, so it may wait for a batch while the device is still busy. There
+a step counts as stalled for the time that the device idled before it, at most as long as the host waited for the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from pipelines.loaders import LoaderChoice
+
+BatchT = TypeVar("BatchT")
+READY_SHARE = 0.02  # a batch was ready if waiting for it cost less than this share of its step
+BINDING_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Occupancy:
+    """Waiting for data over some steps.
+
+    Args:
+        data_wait_share: of the elapsed time, 0…1, that the device stood still for data.
+        ready_share: of the batches, 0…1, that were ready when they were asked for.
+    """
+
+    data_wait_share: float
+    ready_share: float
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step: host times in seconds, and on CUDA the events between which the device may have idled."""
+
+    wait_s: float
+    elapsed_s: float
+    asked: torch.cuda.Event | None
+    got: torch.cuda.Event | None
+
+    @property
+    def stall_s(self) -> float:
+        if self.asked is None or self.got is None:
+            return self.wait_s
+        return min(self.wait_s, float(self.asked.elapsed_time(self.got)) / 1e3)
+
+
+class DataWaits(Generic[BatchT]):
+    """Iterates over batches and remembers what each wait for the next one cost; never makes the host wait for the device.
+
+    Args:
+        batches: to draw from.
+        device: on which the steps run.
+    """
+
+    def __init__(self, batches: Iterator[BatchT], device: torch.device) -> None:
+        """Nothing is drawn yet."""
+        self._batches, self._cuda = batches, device.type == "cuda"
+        self._recent: list[_Step] = []
+        self._sums = _Sums()
+
+    def __iter__(self) -> Iterator[BatchT]:
+        """The batches; the time until the next one is asked for counts as the step's."""
+        while True:
+            asked, asked_s = self._event(), time.perf_counter()
+            batch = next(self._batches, None)
+            wait_s = time.perf_counter() - asked_s
+            if batch is None:
+                return
+            got = self._event()
+            yield batch
+            self._recent.append(_Step(wait_s, time.perf_counter() - asked_s, asked, got))
+
+    def _event(self) -> torch.cuda.Event | None:
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def recent(self) -> Occupancy:
+        """Of the steps since the last call. To be called when the host has waited for the device anyway: all events have happened then."""
+        sums = _Sums()
+        for step in self._recent:
+            sums.add(step)
+            self._sums.add(step)
+        self._recent = []
+        return sums.occupancy()
+
+    def total(self) -> Occupancy:
+        """Of all steps; on the same condition as `recent`, which it includes."""
+        self.recent()
+        return self._sums.occupancy()
+
+
+@dataclass
+class _Sums:
+    stall_s: float = 0.0
+    elapsed_s: float = 0.0
+    num_ready: int = 0
+    num_steps: int = 0
+
+    def add(self, step: _Step) -> None:
+        self.stall_s += step.stall_s
+        self.elapsed_s += step.elapsed_s
+        self.num_ready += step.stall_s <= READY_SHARE * step.elapsed_s
+        self.num_steps += 1
+
+    def occupancy(self) -> Occupancy:
+        if not self.num_steps:
+            return Occupancy(data_wait_share=0.0, ready_share=1.0)
+        return Occupancy(data_wait_share=self.stall_s / self.elapsed_s, ready_share=self.num_ready / self.num_steps)
+
+
+def binding_sentence(occupancy: Occupancy, choice: LoaderChoice) -> str | None:
+    """One line with the knob to turn if data binds in an epoch; None if it does not."""
+    if occupancy.data_wait_share < BINDING_SHARE:
+        return None
+    knob = _KNOBS.get(choice.name, "take another --loader")
+    if choice.resident_fits and choice.name != "resident":
+        knob = "take --loader resident, for the decoded set fits in memory"
+    return (
+        f"data binds: {occupancy.data_wait_share:.0%} of the epoch went by waiting for loader '{choice.name}', "
+        f"{occupancy.ready_share:.0%} of its batches were ready; {knob}; 'bce3s profile' measures every part"
+    )
+
+
+_SMALLER = "raise --set data.num_threads, or make shards of smaller images with make_shards.py --min-side 256"
+_KNOBS = {
+    "dali": _SMALLER,
+    "ffcv": _SMALLER,
+    "webdataset": "raise --set data.stream.buffer_bytes, or copy the shards to a local disk and take --loader dali",
+    "resident": "lighten the augmentation, or raise --set data.num_threads",
+}
