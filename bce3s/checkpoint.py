@@ -51,7 +51,7 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def require_same_data(state: dict[str, Any], path: Path, dataset: str, fingerprint: str, shards: Path) -> None:
+def require_same_data(state: dict[str, Any], path: Path, dataset: str, fingerprint: str, shards: Path | str) -> None:
     """Raises `ConfigError` unless the checkpoint was trained on these very shards."""
     if state["dataset"] != dataset:
         raise ConfigError(

@@ -32,7 +32,10 @@ from pipelines.types import ConfigError, UserError
 
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last.pt", "best.pt"
 # Settings that may differ between a run and its continuation: they change where or how it runs, not what it computes.
-_FREE_ON_RESUME = {"device", "log_every", "data.num_threads", "data.prefetch_batches"}
+_FREE_ON_RESUME = {
+    *("device", "log_every", "data.num_threads", "data.prefetch_batches", "data.on_error", "data.stream.patience_s"),
+    *("data.dali.feed", "data.dali.hw_decoder_load", "data.resident.cache"),
+}
 
 
 @dataclass
@@ -179,7 +182,7 @@ class Trainer:
         record = {
             **environment(self.placement.device),
             "precision": self.placement.precision,
-            "shards": str(self.shards.root.resolve()),
+            "shards": self.shards.address,
             "fingerprint": self.shards.fingerprint,
             "loss_floors": self.loss.floors(len(self.train_counts_K)),
         }

@@ -23,14 +23,12 @@ import nvidia.dali
 import torch
 import typer
 from nvidia.dali import Pipeline, fn, types
+from photographs import link_photographs, shard_photographs
 
 from bce3s.cli import run_app
 from pipelines.config import AugmentConfig, DataConfig
-from pipelines.conversion import WriteOptions, write_shards
-from pipelines.datasets import DatasetOptions, open_dataset
-from pipelines.format import ShardSet, open_shards
+from pipelines.format import ShardSet
 from pipelines.loaders import build_loader
-from pipelines.types import DatasetError
 
 IMAGE_SIZE = 224
 AREA_RANGE = (0.08, 1.0)
@@ -82,22 +80,6 @@ class OursRunning:
         self._loader.close()
 
 
-def link_images(images: Path, folder: Path, repeats: int) -> list[str]:
-    """A folder data set of one class made of links to `images`, each `repeats` times; returns the link paths."""
-    sources = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
-    if not sources:
-        raise DatasetError(f"{images} holds no JPEG files; name a folder of photographs with --images")
-    paths = []
-    for split, count in (("train", repeats), ("val", 1), ("test", 1)):
-        (folder / split / "photo").mkdir(parents=True)
-        for repeat in range(count):
-            for source in sources:
-                link = folder / split / "photo" / f"{repeat:03d}-{source.name}"
-                link.symlink_to(source.resolve())
-                paths += [str(link)] if split == "train" else []
-    return paths
-
-
 @app.command()
 def main(
     images: Annotated[Path, typer.Option(help="Folder of photographs (JPEG).")],
@@ -109,10 +91,8 @@ def main(
     """Measure and print the ratio."""
     num_threads, prefetch = os.cpu_count() or 1, 2
     with tempfile.TemporaryDirectory() as scratch:
-        files = link_images(images, Path(scratch) / "photos", repeats=24)
-        opened = open_dataset("folder", DatasetOptions(source=Path(scratch) / "photos"))
-        orders = {name: torch.arange(len(split.labels_N)).numpy() for name, split in opened.splits.items()}
-        write_shards(opened, orders, Path(scratch) / "shards", WriteOptions())
+        files = link_photographs(images, Path(scratch) / "photos", repeats=24)
+        shards = shard_photographs(Path(scratch) / "photos", Path(scratch) / "shards")
         augment = AugmentConfig(area_range=AREA_RANGE)
         config = DataConfig(
             loader="dali",
@@ -122,7 +102,7 @@ def main(
             prefetch_batches=prefetch,
             augment=augment,
         )
-        ours = OursRunning(open_shards(Path(scratch) / "shards"), config)
+        ours = OursRunning(shards, config)
         bare = bare_pipeline(files, batch_size, num_threads, prefetch)
         time_bare(bare, batches, batch_size)
         ours.time(batches * batch_size)

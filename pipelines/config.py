@@ -10,7 +10,7 @@ from pipelines.types import ConfigError
 SAMPLINGS: tuple[str, ...] = ("power", "instance", "square-root", "class-balanced", "effective-number", "progressive")
 DRAWS: tuple[str, ...] = ("independent", "systematic")
 CROPS: tuple[str, ...] = ("none", "pad", "resized")
-POLICIES: tuple[str, ...] = ("none", "autoaugment-cifar10")
+POLICIES: tuple[str, ...] = ("none", "autoaugment-cifar10", "randaugment")
 FEEDS: tuple[str, ...] = ("memory", "index")
 ON_ERROR: tuple[str, ...] = ("stop", "skip")
 
@@ -64,7 +64,8 @@ class AugmentConfig:
         crop: "resized" draws an area and an aspect ratio and resizes to image_size; "pad" pads with black by `padding` pixels and
             crops image_size; "none" takes the centre as evaluation does.
         area_range, aspect_range: of "resized", as fractions of the image and width/height.
-        policy: colour and geometry policy after crop and flip.
+        color_jitter: strengths of brightness, contrast and saturation after crop and flip, each a factor drawn from 1 ± strength; 0 is off.
+        policy: colour and geometry policy after that.
         cutout: side in pixels of the square set to black; 0 is off.
         mix_alpha: λ ~ Beta(mix_alpha, mix_alpha).
         cutmix_area_correction: use the pasted area instead of λ as the cutmix target (the reference does not).
@@ -77,6 +78,7 @@ class AugmentConfig:
     area_range: tuple[float, float] = (0.08, 1.0)
     aspect_range: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
     policy: str = "none"
     cutout: int = 0
     mix_alpha: float = 1.0
@@ -88,6 +90,8 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         require_choice("crop", self.crop, CROPS)
         require_choice("policy", self.policy, POLICIES)
+        jitters = len(self.color_jitter) == 3 and all(0 <= strength < math.inf for strength in self.color_jitter)
+        require(jitters, f"color_jitter takes three strengths of 0 or more, not {self.color_jitter}")
         require(self.padding >= 0 and self.cutout >= 0, "padding and cutout are pixels and cannot be negative")
         require(0 < self.area_range[0] <= self.area_range[1] <= 1, f"area_range must lie in (0, 1] and rise, not {self.area_range}")
         require(0 < self.aspect_range[0] <= self.aspect_range[1], f"aspect_range must be positive and rise, not {self.aspect_range}")

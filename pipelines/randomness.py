@@ -35,6 +35,7 @@ class Purpose(enum.IntEnum):
     SYNTHETIC = 7
     SHARD_ORDER = 8
     RESAMPLING = 9
+    JITTER = 10
 
 
 def _mix(value: int) -> int:

@@ -7,6 +7,8 @@ for them; for S3 that is the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_EN
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,6 +32,7 @@ _S3_PROTOCOLS = ("s3", "s3a")
 # Object stores show an upload only once it is complete. Everywhere else a file is uploaded under a temporary name and moved.
 _OBJECT_STORES = (*_S3_PROTOCOLS, "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci")
 _FIRST_ANSWER_S = 15.0
+_LOOK_S = 0.2  # between two looks at whether a request was given up
 _WAITS_S = (0.5, 2.0)  # before the second and the third try
 _PART_BYTES = 16 << 20  # S3; files of two parts and more go as multipart uploads, four parts in memory at a time
 _HOPELESS = (PermissionError, FileNotFoundError, FileExistsError, ValueError, TypeError, NotImplementedError, MemoryError)
@@ -217,6 +221,38 @@ class RemoteStore:
     def read_bytes(self, name: str) -> bytes:
         """The content of `name`; FileNotFoundError where it is absent."""
         return self._try("read", _checked(name), lambda fs, path: bytes(fs.cat_file(path)))
+
+    def read_range(self, name: str, start: int, stop: int, *, cancelled: Callable[[], bool] = lambda: False) -> bytes:
+        """Bytes `start` … `stop` − 1 of `name`, fewer where it ends before; tried once, so that the caller decides how patient to be.
+
+        Args:
+            cancelled: asked a few times a second; once true, the request is given up.
+
+        Raises:
+            FileNotFoundError: it is absent.
+            ShardError: what another try cannot mend.
+            OSError: what may pass, and a request given up.
+        """
+        fs, root = self._filesystem()
+        path = f"{root}/{_checked(name)}"
+        try:
+            if not fs.async_impl:
+                return bytes(fs.cat_file(path, start=start, end=stop))
+            request = asyncio.run_coroutine_threadsafe(fs._cat_file(path, start=start, end=stop), fs.loop)
+            while not request.done():
+                if cancelled():
+                    request.cancel()
+                    raise OSError("the request was given up")
+                wait([request], timeout=_LOOK_S)
+            return bytes(request.result())
+        except Exception as error:  # packages raise what they like
+            if getattr(error, "errno", None) == errno.EINVAL:  # what s3fs makes of a range that begins beyond the end
+                return b""
+            if isinstance(error, FileNotFoundError):
+                raise
+            if isinstance(error, _HOPELESS):
+                raise _failure(f"{self.location}/{name}", "read", error) from error
+            raise OSError(str(error) or type(error).__name__) from error
 
     def size(self, name: str) -> int | None:
         """Bytes of `name`, None where it is absent."""

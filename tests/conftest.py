@@ -83,15 +83,18 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
         val: int = 0,
         test: int = 5,
         shard_bytes: int = 32 << 10,
+        beton: bool = False,
     ) -> ShardSet:
-        key = repr((train, size, extension, name, val, test, shard_bytes))
+        key = repr((train, size, extension, name, val, test, shard_bytes, beton))
         if key not in made:
             counts = {"train": list(train), "val": [val] * len(train), "test": [test] * len(train)}
             dataset = small_dataset(counts, size, extension, name)
             rng = np.random.default_rng(0)
             orders = {s: rng.permutation(len(dataset.splits[s].labels_N)).astype(np.int64) for s in SPLITS}
             out = tmp_path_factory.mktemp("shards") / name
-            write_shards(dataset, orders, out, WriteOptions(shard_bytes=shard_bytes, executor=ExecutorOptions(num_processes=1)))
+            formats = ("wds", "ffcv") if beton else ("wds",)
+            options = WriteOptions(shard_bytes=shard_bytes, formats=formats, executor=ExecutorOptions(num_processes=1))
+            write_shards(dataset, orders, out, options)
             made[key] = open_shards(out)
         return made[key]
 

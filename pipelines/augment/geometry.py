@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from pipelines.config import AugmentConfig
 from pipelines.randomness import FloatArray, KeyArray, uniforms
@@ -82,39 +80,16 @@ def draw_windows(
     return windows_S4, flips_S
 
 
-def crop_resident(
-    images_SHWC: torch.Tensor, windows_S4: torch.Tensor, flips_S: torch.Tensor, image_size: int, resize: bool
-) -> torch.Tensor:
-    """Crops and flips a batch of equally sized images in whole-batch operations.
+def rescale_windows(windows_S4: WindowArray, from_S2: IntArray, to_S2: IntArray) -> WindowArray:
+    """The windows as they lie in the same images at another size, rounded to whole pixels; at least one pixel remains.
 
     Args:
-        images_SHWC: uint8 [S, H, W, 3].
-        windows_S4: int32 [S, 4] on the same device.
-        flips_S: int32 [S], 1 mirrors left and right.
-        image_size: side of the result.
-        resize: sample each window bilinearly to image_size; otherwise windows have that size already and pixels are copied exactly.
-
-    Returns:
-        uint8 [S, image_size, image_size, 3].
+        windows_S4: int32 [S, 4].
+        from_S2: int64 [S, 2], (height, width) that the windows were drawn for.
+        to_S2: int64 [S, 2], of the images at hand; windows of images of unchanged size stay as they are.
     """
-    num_samples, height, width, _ = images_SHWC.shape
-    steps = torch.arange(image_size, device=images_SHWC.device)
-    columns_SW = torch.where(flips_S[:, None] > 0, image_size - 1 - steps, steps)
-    if not resize:
-        y_SH = windows_S4[:, 0:1] + steps
-        x_SW = windows_S4[:, 1:2] + columns_SW
-        inside = ((y_SH >= 0) & (y_SH < height))[:, :, None] & ((x_SW >= 0) & (x_SW < width))[:, None, :]
-        rows = torch.arange(num_samples, device=images_SHWC.device)[:, None, None]
-        pixels = images_SHWC[rows, y_SH.clamp(0, height - 1)[:, :, None], x_SW.clamp(0, width - 1)[:, None, :]]
-        return pixels * inside[..., None]
-    window = windows_S4.to(torch.float32)
-    # Pixel centres of the target, mapped into the window and then to grid_sample's −1…1 over the stored image.
-    y_SH = window[:, 0:1] + (steps + 0.5) * window[:, 2:3] / image_size
-    x_SW = window[:, 1:2] + (columns_SW + 0.5) * window[:, 3:4] / image_size
-    grid = torch.stack(
-        [(2 * x_SW / width - 1)[:, None, :].expand(-1, image_size, -1), (2 * y_SH / height - 1)[:, :, None].expand(-1, -1, image_size)], -1
-    )
-    sampled = functional.grid_sample(
-        images_SHWC.permute(0, 3, 1, 2).to(torch.float32), grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
-    return sampled.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    scale_S2 = to_S2 / from_S2
+    starts_S2 = np.minimum(np.rint(windows_S4[:, :2] * scale_S2).astype(np.int64), to_S2 - 1)
+    ends_S2 = np.clip(np.rint((windows_S4[:, :2] + windows_S4[:, 2:]) * scale_S2).astype(np.int64), starts_S2 + 1, to_S2)
+    changed_S1 = (from_S2 != to_S2).any(axis=1, keepdims=True)
+    return np.where(changed_S1, np.concatenate([starts_S2, ends_S2 - starts_S2], axis=1), windows_S4).astype(np.int32)

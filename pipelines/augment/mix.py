@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipelines.augment import mix_numba
 from pipelines.config import AugmentConfig
 from pipelines.randomness import Purpose, derive_key, position_keys, uniforms
 
 MixArray = NDArray[np.float32]
+
+# (images_SHWC, mix, mean, std, views_VHWC): fills the views, which are contiguous.
+WriteViews = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def _draw_lambda(key: int, alpha: float, uniform: float) -> float:
@@ -45,13 +52,25 @@ def channel_statistics(config: AugmentConfig, device: torch.device) -> tuple[tor
 
 def normalise(images_SHWC: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 [S, H, W, 3] → dtype [S, 3, H, W], channels-last in memory; `mean` and `std` are float32 [3] on the scale 0…255."""
+    if _is_compiled_for(images_SHWC.device, dtype):
+        normalised = torch.empty(images_SHWC.shape, dtype=dtype)
+        mix_numba.write_normalised(images_SHWC, mean, std, normalised)
+        return normalised.permute(0, 3, 1, 2)
     return ((images_SHWC.to(torch.float32) - mean) / std).to(dtype).permute(0, 3, 1, 2)
 
 
-def mix_views(images_SHWC: torch.Tensor, mix: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def mix_views(
+    images_SHWC: torch.Tensor,
+    mix: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The views [3B, 3, H, W] = source | mixup | cutmix of a batch uint8 [2B, H, W, 3] = instance | partner, channels-last in memory.
 
-    `mix` stays on the device: no value is read back, shapes do not depend on it.
+    `mix` stays on the device: no value is read back, shapes do not depend on it. What writes the views is what benchmarks/mix.py found
+    fastest on each device; all give the values of `write_views_reference`, bit for bit.
 
     Args:
         images_SHWC: uint8, both streams.
@@ -59,15 +78,55 @@ def mix_views(images_SHWC: torch.Tensor, mix: torch.Tensor, mean: torch.Tensor, 
         mean: float32 [3] on the scale 0…255.
         std: float32 [3] on the scale 0…255.
         dtype: of the result.
+        out: the views of an earlier call with the same shapes, to be overwritten and returned. Fresh memory costs a CPU more than the
+            mixing itself at 224 px, and a CUDA graph needs the same addresses each time.
+
+    Raises:
+        ValueError: `out` has another shape, dtype, device or memory order than the result.
     """
+    _, height, width, channels = images_SHWC.shape
+    shape = (3 * (len(images_SHWC) // 2), height, width, channels)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=images_SHWC.device).permute(0, 3, 1, 2)
+    views_VHWC = out.permute(0, 2, 3, 1)
+    if views_VHWC.shape != shape or out.dtype != dtype or out.device != images_SHWC.device or not views_VHWC.is_contiguous():
+        needed = f"{dtype} {[shape[0], channels, height, width]}, channels-last, on {images_SHWC.device}"
+        raise ValueError(f"the views need {needed}, not {out.dtype} {list(out.shape)}, strides {out.stride()}, on {out.device}")
+    _fastest_writer(images_SHWC.device, dtype)(images_SHWC, mix, mean, std, views_VHWC)
+    return out
+
+
+def write_views_reference(
+    images_SHWC: torch.Tensor, mix: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, views_VHWC: torch.Tensor
+) -> None:
+    """What the views are, in torch's words; the arguments of `mix_views`, and where to write: [3B, H, W, 3] on the same device."""
     num_sources, height, width = images_SHWC.shape[0] // 2, images_SHWC.shape[1], images_SHWC.shape[2]
     scaled = (images_SHWC.to(torch.float32) - mean) / std
     instance, partner = scaled[:num_sources], scaled[num_sources:]
     rows = torch.arange(height, device=mix.device)
     columns = torch.arange(width, device=mix.device)
     box = ((rows >= mix[2]) & (rows < mix[3]))[:, None] & ((columns >= mix[4]) & (columns < mix[5]))[None, :]
-    views = torch.empty((3 * num_sources, height, width, 3), dtype=dtype, device=images_SHWC.device)
-    views[:num_sources] = instance
-    views[num_sources : 2 * num_sources] = torch.lerp(partner, instance, mix[0])
-    views[2 * num_sources :] = torch.where(box[None, :, :, None], partner, instance)
-    return views.permute(0, 3, 1, 2)
+    views_VHWC[:num_sources] = instance
+    views_VHWC[num_sources : 2 * num_sources] = torch.lerp(partner, instance, mix[0])
+    views_VHWC[2 * num_sources :] = torch.where(box[None, :, :, None], partner, instance)
+
+
+def _is_compiled_for(device: torch.device, dtype: torch.dtype) -> bool:
+    # No fp16: nothing trains in fp16 on a CPU, and numba has no such type there.
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float32)
+
+
+def _fastest_writer(device: torch.device, dtype: torch.dtype) -> WriteViews:
+    if _is_compiled_for(device, dtype):
+        return mix_numba.write_views
+    return _triton_writer() or write_views_reference if device.type == "cuda" else write_views_reference
+
+
+@functools.cache
+def _triton_writer() -> WriteViews | None:
+    """The Triton kernel; None where Triton, which comes with torch's CUDA builds, is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from pipelines.augment.mix_triton import write_views
+
+    return write_views

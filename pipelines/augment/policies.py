@@ -1,49 +1,55 @@
 """Colour and geometry policies: drawn on the host from one key a sample, applied on the device to the whole batch.
 
 A policy is a list of sub-policies, each two (operation, probability, magnitude index). Every sample draws a sub-policy; each of its two
-operations then happens with its probability, its magnitude with a random sign. `POLICY_TABLE` names the policies; another one
-(RandAugment is all pairs of operations at one magnitude) is one more entry.
+operations then happens with its probability, its magnitude with a random sign. `POLICY_TABLE` names the policies; another one is one more
+entry, as RandAugment shows: all pairs of its operations, at one magnitude.
 
 Geometry samples the nearest pixel and fills with grey 128 throughout; DeepVoltaire's port does the same except for shears (bicubic).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipelines.augment.pixel_ops import Op, remap, saturate, sharpen, upload, warp
+from pipelines.augment.pixel_ops_numba import apply_stages
+from pipelines.augment.shares import in_shares
 from pipelines.config import require_choice
 from pipelines.randomness import FloatArray, KeyArray, uniforms
 
 SubPolicy = tuple[tuple[Op, float, int], tuple[Op, float, int]]
 
-_ZERO = np.zeros(10)
-_ENHANCE = (np.ones(10), np.linspace(0, 0.9, 10))
+Magnitudes = Mapping[Op, tuple[FloatArray, FloatArray]]
 
-# Per magnitude index 0…9, the fixed and the signed part of the amount: fixed ± signed. Ranges of Cubuk et al. 2019, Table 6; where signs
-# are random is DeepVoltaire's port (github.com/DeepVoltaire/AutoAugment): not for rotate.
-MAGNITUDES: dict[Op, tuple[FloatArray, FloatArray]] = {
-    Op.IDENTITY: (_ZERO, _ZERO),
-    Op.SHEAR_X: (_ZERO, np.linspace(0, 0.3, 10)),
-    Op.SHEAR_Y: (_ZERO, np.linspace(0, 0.3, 10)),
-    Op.TRANSLATE_X: (_ZERO, np.linspace(0, 150 / 331, 10)),
-    Op.TRANSLATE_Y: (_ZERO, np.linspace(0, 150 / 331, 10)),
-    Op.ROTATE: (np.linspace(0, 30, 10), _ZERO),
-    Op.INVERT: (_ZERO, _ZERO),
-    Op.POSTERIZE: (np.round(np.linspace(8, 4, 10)), _ZERO),
-    Op.SOLARIZE: (np.linspace(256, 0, 10), _ZERO),
-    Op.BRIGHTNESS: _ENHANCE,
-    Op.CONTRAST: _ENHANCE,
-    Op.AUTOCONTRAST: (_ZERO, _ZERO),
-    Op.EQUALIZE: (_ZERO, _ZERO),
-    Op.COLOR: _ENHANCE,
-    Op.SHARPNESS: _ENHANCE,
-}
+
+def _magnitudes(num_bins: int) -> dict[Op, tuple[FloatArray, FloatArray]]:
+    """Per magnitude index 0…num_bins − 1 the fixed and the signed part of the amount, fixed ± signed: Cubuk et al. 2019, Table 6."""
+    zero = np.zeros(num_bins)
+    shear, translate, enhance = (np.linspace(0, largest, num_bins) for largest in (0.3, 150 / 331, 0.9))
+    fixed = {
+        Op.ROTATE: np.linspace(0, 30, num_bins),
+        Op.POSTERIZE: np.round(np.linspace(8, 4, num_bins)),
+        Op.SOLARIZE: np.linspace(256, 0, num_bins),
+    }
+    signed = {Op.SHEAR_X: shear, Op.SHEAR_Y: shear, Op.TRANSLATE_X: translate, Op.TRANSLATE_Y: translate}
+    for op in (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR, Op.SHARPNESS):
+        fixed[op], signed[op] = np.ones(num_bins), enhance
+    return {op: (fixed.get(op, zero), signed.get(op, zero)) for op in Op}
+
+
+# Where signs are random is DeepVoltaire's port (github.com/DeepVoltaire/AutoAugment): not for rotate.
+MAGNITUDES: Magnitudes = _magnitudes(10)
+
+# RandAugment counts from 0 to 30 within the same ranges and turns both ways, in torchvision.transforms.RandAugment and in
+# nvidia.dali.auto_aug.rand_augment alike; where those two part, translations are torchvision's (DALI: up to 100/224) and solarize is DALI's
+# (torchvision: from 255).
+RANDAUGMENT_MAGNITUDES: Magnitudes = _magnitudes(31) | {Op.ROTATE: _magnitudes(31)[Op.ROTATE][::-1]}
 
 # Cubuk et al. 2019, "AutoAugment: Learning Augmentation Policies from Data" (arXiv:1805.09501), Table 7.
 AUTOAUGMENT_CIFAR10: tuple[SubPolicy, ...] = (
@@ -74,6 +80,11 @@ AUTOAUGMENT_CIFAR10: tuple[SubPolicy, ...] = (
     ((Op.TRANSLATE_Y, 0.7, 9), (Op.AUTOCONTRAST, 0.9, 1)),
 )
 
+# Cubuk et al. 2020, "RandAugment" (arXiv:1909.13719): the 14 operations of section 3, two drawn independently and always applied, at
+# magnitude 9 of 30 (torchvision's default; the paper's for ResNet-50 on ImageNet).
+_RANDAUGMENT_OPS = [op for op in Op if op != Op.INVERT]
+RANDAUGMENT: tuple[SubPolicy, ...] = tuple(((first, 1.0, 9), (second, 1.0, 9)) for first, second in product(_RANDAUGMENT_OPS, repeat=2))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
@@ -98,19 +109,20 @@ class PolicyPlan:
     amounts_S2: NDArray[np.float32]
 
 
-def compile_policy(sub_policies: Sequence[SubPolicy]) -> Policy:
-    """The arrays of a list of sub-policies; magnitude indices are those of `MAGNITUDES`."""
+def compile_policy(sub_policies: Sequence[SubPolicy], magnitudes: Magnitudes = MAGNITUDES) -> Policy:
+    """The arrays of a list of sub-policies; their magnitude indices are those of `magnitudes`."""
     return Policy(
         ops_P2=np.array([[op for op, _, _ in pair] for pair in sub_policies], dtype=np.int8),
         probabilities_P2=np.array([[probability for _, probability, _ in pair] for pair in sub_policies]),
-        fixed_P2=np.array([[MAGNITUDES[op][0][index] for op, _, index in pair] for pair in sub_policies]),
-        signed_P2=np.array([[MAGNITUDES[op][1][index] for op, _, index in pair] for pair in sub_policies]),
+        fixed_P2=np.array([[magnitudes[op][0][index] for op, _, index in pair] for pair in sub_policies]),
+        signed_P2=np.array([[magnitudes[op][1][index] for op, _, index in pair] for pair in sub_policies]),
     )
 
 
 POLICY_TABLE: dict[str, Policy] = {
     "none": compile_policy([((Op.IDENTITY, 0.0, 0), (Op.IDENTITY, 0.0, 0))]),
     "autoaugment-cifar10": compile_policy(AUTOAUGMENT_CIFAR10),
+    "randaugment": compile_policy(RANDAUGMENT, RANDAUGMENT_MAGNITUDES),
 }
 
 
@@ -156,6 +168,25 @@ def apply_policy(images_SHWC: torch.Tensor, plan: PolicyPlan) -> torch.Tensor:
         raise ValueError(f"a plan for {len(plan.ops_S2)} samples cannot be applied to {len(images_SHWC)} images")
     if not plan.ops_S2.any():
         return images_SHWC
+    # A batch on a CPU is changed image by image, which keeps an image in the cache; a device wants whole batches.
+    return (apply_compiled if images_SHWC.device.type == "cpu" else apply_reference)(images_SHWC, plan)
+
+
+def apply_compiled(images_SHWC: torch.Tensor, plan: PolicyPlan) -> torch.Tensor:
+    """`apply_policy` for images on a CPU, by compiled loops in as many threads as torch may use."""
+    _, height, width, _ = images_SHWC.shape
+    numbers_S26 = np.empty((*plan.ops_S2.shape, 6))
+    for stage, (ops_S, amounts_S) in enumerate(zip(plan.ops_S2.T, plan.amounts_S2.T, strict=True)):
+        order_S = np.argsort(ops_S, kind="stable")
+        numbers_S26[order_S, stage] = _numbers(_bounds(ops_S[order_S]), amounts_S[order_S].astype(np.float64), height, width)
+    changed = images_SHWC.clone(memory_format=torch.contiguous_format)
+    levels_SHWC: NDArray[np.uint8] = changed.numpy()
+    in_shares(lambda first, last: apply_stages(levels_SHWC, plan.ops_S2, numbers_S26, first, last), len(changed), changed.nbytes)
+    return changed
+
+
+def apply_reference(images_SHWC: torch.Tensor, plan: PolicyPlan) -> torch.Tensor:
+    """`apply_policy` in whole-batch torch operations, on any device."""
     device = images_SHWC.device
     # Sorting the batch by operation makes every kernel's rows one slice, known to the host; one gather a stage and one at the end.
     places_S = np.arange(len(images_SHWC))
@@ -180,13 +211,19 @@ _KERNELS: tuple[tuple[Op, Op, Kernel], ...] = (
 
 def _apply_sorted(images_SHWC: torch.Tensor, ops_S: NDArray[np.int8], amounts_S: NDArray[np.float32]) -> None:
     """One stage, in place, of images sorted by operation."""
-    bounds = np.searchsorted(ops_S, np.arange(len(Op) + 1)).tolist()
+    bounds = _bounds(ops_S)
     numbers_S6 = _numbers(bounds, amounts_S.astype(np.float64), images_SHWC.shape[1], images_SHWC.shape[2])
     device_numbers_S6 = upload(numbers_S6, images_SHWC.device)
     for first, last, kernel in _KERNELS:
         rows = slice(bounds[first], bounds[last + 1])
         if rows.start < rows.stop:
             images_SHWC[rows] = kernel(images_SHWC[rows], device_numbers_S6[rows], ops_S[rows])
+
+
+def _bounds(ops_S: NDArray[np.int8]) -> list[int]:
+    """Where the images of each operation begin, and the last ones end, when sorted by operation."""
+    bounds: list[int] = np.searchsorted(ops_S, np.arange(len(Op) + 1)).tolist()
+    return bounds
 
 
 def _numbers(bounds: list[int], amounts_S: FloatArray, height: int, width: int) -> FloatArray:

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.durable import replacing
+from pipelines.format.ffcv_package import import_ffcv
 from pipelines.format.index import open_inside, sha256_file
 from pipelines.format.reader import ByteArray, ShardSplit
-from pipelines.types import BackendError, IntArray, JsonValue, ShardError
+from pipelines.types import IntArray, JsonValue, ShardError
 
 # FFCV's file format, version 2, as ffcv/types.py has it. Restated, so that shards with a beton can be verified where FFCV is not installed.
 HEADER_DTYPE = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table_start", "<u8")])
@@ -98,16 +99,7 @@ def require_ffcv() -> None:
     Raises:
         BackendError: it cannot be imported.
     """
-    # Filters belong to the process. FFCV is from 2023 and warns of what has changed since.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import ffcv.writer  # noqa: F401
-        except (ImportError, OSError) as error:  # OSError: a shared library is missing
-            raise BackendError(
-                f"a .beton file needs FFCV, which cannot be imported here ({error}); run \"pip install 'bce3s[ffcv]'\", "
-                "on Debian and Ubuntu after 'apt-get install pkg-config libturbojpeg0-dev libopencv-dev'"
-            ) from error
+    import_ffcv("ffcv.writer", "a .beton file")
 
 
 def write_beton(split: ShardSplit, path: Path, *, on_samples: Callable[[int], None] = lambda count: None) -> dict[str, JsonValue] | None:

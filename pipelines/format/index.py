@@ -128,6 +128,15 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
         raise ShardError(f"cannot read {path}: {error.strerror}") from error
     if num_bytes > _MAX_MANIFEST_BYTES:
         raise ShardError(f"{path} has more than {_MAX_MANIFEST_BYTES >> 20} MiB: it is not a manifest; make the shards again")
+    return parse_manifest(content, path), hashlib.sha256(content).hexdigest()
+
+
+def parse_manifest(content: bytes, path: Path | str) -> dict[str, Any]:
+    """The manifest in the bytes of the file at `path`, a path or URL for messages.
+
+    Raises:
+        ShardError: unreadable JSON, another format or version.
+    """
     try:
         manifest = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
@@ -140,4 +149,4 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
         raise ShardError(
             f"{path} has format version {found}, this program reads version {FORMAT_VERSION}; make the shards again with --overwrite"
         )
-    return manifest, hashlib.sha256(content).hexdigest()
+    return manifest

@@ -1,14 +1,15 @@
-"""Reads shards by sample id: memory-mapped tars, no copy, no parsing of tar headers."""
+"""Reads shards by sample id: memory-mapped tars, no copy, no parsing of tar headers. Of shards at a URL the index alone."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 import mmap
 import os
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.format.index import INDEX_DTYPE, MANIFEST_FILE, npy_records, open_inside, read_manifest
+from pipelines.format.index import INDEX_DTYPE, MANIFEST_FILE, npy_records, open_inside, parse_manifest, read_manifest
 from pipelines.format.manifest import count_faults, manifest_faults
+from pipelines.format.origin import ByteArray as ByteArray
+from pipelines.format.origin import LocalOrigin, Origin, open_origin
 from pipelines.format.tar import TAR_BLOCK
 from pipelines.types import SPLITS, IntArray, ShardError
 
-ByteArray = NDArray[np.uint8]
 _NAME_BYTES = 100  # the first field of a tar header
 _IMAGE_NAME = re.compile(rb"[0-9]{8,}\.(jpg|png)")
 
@@ -33,17 +35,24 @@ _LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened shard folder.
+    """An opened shard folder, here or at a URL.
 
     Args:
-        root: the folder.
+        root: the folder, or the URL as text.
         manifest: its parsed manifest.json.
         fingerprint: hex SHA-256 of the manifest, which holds the checksum of every file: the identity of the data.
+        origin: reads its files from any byte on.
     """
 
-    root: Path
+    root: Path | str
     manifest: dict[str, Any]
     fingerprint: str
+    origin: Origin
+
+    @property
+    def address(self) -> str:
+        """Where any process finds it again: the absolute path, or the URL."""
+        return str(self.root.resolve()) if isinstance(self.root, Path) else self.root
 
     @property
     def dataset(self) -> str:
@@ -64,12 +73,13 @@ class ShardSet:
         return int(self._entry(split)["num_samples"])
 
     def split(self, name: str) -> ShardSplit:
-        """Maps the index and the tars of one split into memory.
+        """Maps the index and the tars of one split into memory; of shards at a URL reads the index.
 
         Raises:
             ShardError: a file is missing, damaged or does not fit the manifest; the sentence names it.
         """
-        return ShardSplit(self.root, name, self._entry(name))
+        entry = self._entry(name)
+        return ShardSplit(self.root, name, entry) if isinstance(self.root, Path) else RemoteSplit(self.origin, name, entry)
 
     def _entry(self, split: str) -> dict[str, Any]:
         if split not in SPLITS:
@@ -82,12 +92,18 @@ class ShardSplit:
     """One split, memory-mapped.
 
     Attributes:
+        name: of the split.
+        entry: its part of the manifest.
         labels_N, heights_N, widths_N: int64 [N].
         shards_N: uint32 [N], the shard of each sample, a position in `paths`.
         offsets_N: uint64 [N], where its encoded image starts there.
         sizes_N: uint32 [N], bytes of the encoded images.
-        paths: of the shards.
+        shard_bytes: int64 [shards].
+        paths: of the shards; none where they lie at a URL.
     """
+
+    paths: list[Path]
+    _tars: Mapping[int, ByteArray]
 
     def __init__(self, root: Path, name: str, entry: dict[str, Any]) -> None:
         """Maps index and tars and checks that each record lies in its tar; contents are checked by tools/verify_shards.py, not here.
@@ -100,16 +116,19 @@ class ShardSplit:
         Raises:
             ShardError: a file is missing, damaged or does not fit the manifest; the sentence names it.
         """
-        self.name = name
+        self._take(name, entry, _load_index(root, entry))
         self.paths = [root / shard["file"] for shard in entry["shards"]]
+        tars = [_map_shard(root, shard) for shard in entry["shards"]]
+        self._tars = dict(enumerate(tars))
+        self._addresses = np.array([tar.ctypes.data for tar in tars], np.int64)
+
+    def _take(self, name: str, entry: dict[str, Any], index: NDArray[np.void]) -> None:
+        self.name, self.entry = name, entry
         self.shard_bytes = np.array([shard["shard_bytes"] for shard in entry["shards"]], np.int64)
-        index = _load_index(root, entry)
         self.labels_N: IntArray = index["label"].astype(np.int64)
         self.heights_N: IntArray = index["height"].astype(np.int64)
         self.widths_N: IntArray = index["width"].astype(np.int64)
         self.shards_N, self.offsets_N, self.sizes_N = index["shard"], index["offset"], index["size"]
-        self._tars = [_map_shard(root, shard) for shard in entry["shards"]]
-        self._addresses = np.array([tar.ctypes.data for tar in self._tars], np.int64)
 
     def __len__(self) -> int:
         """N."""
@@ -145,10 +164,58 @@ class ShardSplit:
         'sample 00000017 (00000019.jpg) of …'.
         """
         shard, start = int(self.shards_N[sample_id]), int(self.offsets_N[sample_id])
-        header = self._tars[shard][start - TAR_BLOCK : start]
-        member = header[:_NAME_BYTES].tobytes().rstrip(b"\0")
+        tar = self._tars.get(shard)
+        member = b"" if tar is None else tar[start - TAR_BLOCK : start][:_NAME_BYTES].tobytes().rstrip(b"\0")
         other = _IMAGE_NAME.fullmatch(member) and not member.startswith(b"%08d." % sample_id)
-        return f"sample {sample_id:08d}{f' ({member.decode()})' if other else ''} of {self.paths[shard]}"
+        return f"sample {sample_id:08d}{f' ({member.decode()})' if other else ''} of {self._place(shard)}"
+
+    def _place(self, shard: int) -> str:
+        return str(self.paths[shard])
+
+
+class RemoteSplit(ShardSplit):
+    """One split of shards at a URL: all that the index says, and no image."""
+
+    def __init__(self, origin: Origin, name: str, entry: dict[str, Any]) -> None:
+        """Reads the index and checks it as a local one; the tars are not asked for.
+
+        Args:
+            origin: where the shards lie.
+            name: of the split.
+            entry: the split's part of a manifest that `open_shards` accepts.
+
+        Raises:
+            ShardError: the index cannot be had, is damaged or does not fit the manifest; the sentence names it.
+        """
+        self._origin = origin
+        file = entry["index"]["file"]
+        try:
+            index = npy_records(np.frombuffer(origin.read_all(file), np.uint8), INDEX_DTYPE, entry["num_samples"])
+            fault = index_fault(index, entry)
+        except ValueError as error:
+            if isinstance(error, ShardError):
+                raise
+            fault = str(error)
+        if fault:
+            raise ShardError(f"{origin.url(file)} {fault}; copy it there again")
+        self._take(name, entry, index)
+        self.paths, self._tars = [], {}
+
+    def encoded(self, ids: IntArray) -> list[ByteArray]:
+        """Always a `ShardError`: the images are not on this machine."""
+        raise ShardError(f"the images of {self._place(int(self.shards_N[ids[0]]))} are not on this machine: take --loader webdataset")
+
+    def addresses(self, ids: IntArray) -> IntArray:
+        """Always a `ShardError`, as `encoded`."""
+        self.encoded(ids)
+        raise AssertionError("not reached")
+
+    def shrunken(self, ids: IntArray) -> IntArray:
+        """None: nothing is mapped."""
+        return ids[:0]
+
+    def _place(self, shard: int) -> str:
+        return self._origin.url(self.entry["shards"][shard]["file"])
 
 
 def _file_bytes(path: Path) -> float:
@@ -158,17 +225,24 @@ def _file_bytes(path: Path) -> float:
         return math.inf
 
 
-def open_shards(root: Path) -> ShardSet:
-    """Opens a shard folder.
+def open_shards(location: Path | str) -> ShardSet:
+    """Opens a shard folder, given by its path or by a URL: http(s)://, s3://, file:// or any other that fsspec knows.
 
     Raises:
-        ShardError: missing or unfinished folder, damaged manifest, another format version.
+        ShardError: missing or unfinished folder, damaged manifest, another format version, a server that does not answer.
+        BackendError: a URL whose package is missing.
     """
-    manifest, fingerprint = read_manifest(root)
+    origin = open_origin(location)
+    root = origin.folder if isinstance(origin, LocalOrigin) else str(location).rstrip("/")
+    if isinstance(root, Path):
+        manifest, fingerprint = read_manifest(root)
+    else:
+        content = origin.read_all(MANIFEST_FILE)
+        manifest, fingerprint = parse_manifest(content, origin.url(MANIFEST_FILE)), hashlib.sha256(content).hexdigest()
     faults = manifest_faults(manifest) or count_faults(manifest)
     if faults:
-        raise ShardError(f"{root / MANIFEST_FILE} {faults[0]}; copy it again or make the shards again with --overwrite")
-    return ShardSet(root, manifest, fingerprint)
+        raise ShardError(f"{origin.url(MANIFEST_FILE)} {faults[0]}; copy it again or make the shards again with --overwrite")
+    return ShardSet(root, manifest, fingerprint, origin)
 
 
 def read_index(root: Path, entry: dict[str, Any]) -> NDArray[np.void]:

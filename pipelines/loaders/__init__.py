@@ -11,15 +11,19 @@ import torch
 
 from pipelines.config import DataConfig, require_choice
 from pipelines.format import ShardSet
-from pipelines.loaders.choice import LoaderChoice, choose_loader
+from pipelines.loaders.choice import LoaderChoice, choose_loader, is_streamed
 from pipelines.loaders.planned import PixelRequest, PlannedLoader
 from pipelines.types import ConfigError, ShardError
 
 LOADERS: dict[str, str] = {
+    "cached": "pipelines.loaders.cached:CachedPixels",
     "dali": "pipelines.loaders.dali:open_dali",
+    "ffcv": "pipelines.loaders.ffcv:FfcvPixels",
     "resident": "pipelines.loaders.resident:ResidentPixels",
     "synthetic": "pipelines.loaders.synthetic:SyntheticPixels",
+    "webdataset": "pipelines.loaders.webdataset:WebdatasetPixels",
 }
+_NEED_NO_FOLDER = ("synthetic", "webdataset")
 
 __all__ = ["LOADERS", "LoaderChoice", "PlannedLoader", "build_loader", "choose_loader"]
 
@@ -30,7 +34,7 @@ def build_loader(
     """Builds the loader `config` asks for over one split.
 
     Args:
-        shards: opened shard folder.
+        shards: opened shard folder, or shards at a URL (loader `webdataset`).
         split: "train" gives two augmented streams; "val" and "test" give every sample once, centre-cropped.
         config: loader, sizes, order and augmentation.
         seed: of the run; with (epoch, step, rank) it determines every batch.
@@ -47,6 +51,8 @@ def build_loader(
     name = choose_loader(config, shards, device).name if config.loader == "auto" else config.loader
     if shards.num_samples(split) == 0:
         raise ShardError(f"{shards.root} has no samples in its '{split}' split; name another split or make shards that have it")
+    if is_streamed(shards) and name not in _NEED_NO_FOLDER:
+        raise ConfigError(f"loader '{name}' needs a folder, and {shards.root} is a URL: copy the shards here, or take --loader webdataset")
     if split == "train":
         _require_equal_shares(shards.num_samples(split), config, world_size)
     module_name, class_name = LOADERS[name].split(":")

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from pipelines.augment.cutout import draw_cutout_centers
-from pipelines.augment.geometry import FlipArray, WindowArray, center_windows, draw_windows
+from pipelines.augment.geometry import FlipArray, WindowArray, center_windows, draw_windows, rescale_windows
+from pipelines.augment.jitter import JitterArray, draw_jitter
 from pipelines.augment.mix import MixArray, draw_mix
 from pipelines.augment.policies import PolicyPlan, draw_policy
 from pipelines.config import AugmentConfig
@@ -33,6 +34,7 @@ class BatchPlan:
         policy: drawn operations, None without a policy.
         cutout_S2: int32 [S, 2] centres, None without cutout.
         mix: λ and box, None in evaluation.
+        jitter_S3: factors of brightness, contrast and saturation, None without colour jitter.
     """
 
     epoch: int
@@ -43,14 +45,21 @@ class BatchPlan:
     policy: PolicyPlan | None
     cutout_S2: np.ndarray | None
     mix: MixArray | None
+    jitter_S3: JitterArray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitGeometry:
-    """Sizes the crops depend on: those of the stored images, int64 [N], and of the result in pixels."""
+    """Sizes the crops depend on.
 
-    heights_N: IntArray
-    widths_N: IntArray
+    Args:
+        sizes_N2: int64 [N, 2], (height, width) of the images in the shards, for which crops are drawn: the same for every loader.
+        kept_N2: int64 [N, 2], of the images a loader has at hand, to which they are then brought.
+        image_size: side of the result in pixels.
+    """
+
+    sizes_N2: IntArray
+    kept_N2: IntArray
     image_size: int
 
 
@@ -89,9 +98,10 @@ def train_plans(
 ) -> Iterator[BatchPlan]:
     """The plans of one training epoch from `start_step` on; sample i is drawn as sample `substitutes_N[i]`, int64 [N], where given."""
     streams = (order.instance_epoch(epoch), order.partner_epoch(epoch))
+    jitters = any(augment.color_jitter)
     bases = {
         purpose: [derive_key(order.seed, epoch, stream, purpose) for stream in (INSTANCE, PARTNER)]
-        for purpose in (Purpose.CROP, Purpose.POLICY, Purpose.CUTOUT)
+        for purpose in (Purpose.CROP, Purpose.POLICY, Purpose.CUTOUT, *((Purpose.JITTER,) if jitters else ()))
     }
     for step in range(start_step, order.num_steps):
         positions = order.step_positions(step, rank, world_size)
@@ -99,9 +109,10 @@ def train_plans(
         if substitutes_N is not None:
             ids_S = substitutes_N[ids_S]
         keys = {purpose: np.concatenate([position_keys(base, positions) for base in pair]) for purpose, pair in bases.items()}
-        windows_S4, flips_S = draw_windows(
-            keys[Purpose.CROP], geometry.heights_N[ids_S], geometry.widths_N[ids_S], geometry.image_size, augment
-        )
+        sizes_S2 = geometry.sizes_N2[ids_S]
+        windows_S4, flips_S = draw_windows(keys[Purpose.CROP], sizes_S2[:, 0], sizes_S2[:, 1], geometry.image_size, augment)
+        if geometry.kept_N2 is not geometry.sizes_N2:
+            windows_S4 = rescale_windows(windows_S4, sizes_S2, geometry.kept_N2[ids_S])
         yield BatchPlan(
             epoch=epoch,
             step=step,
@@ -111,6 +122,7 @@ def train_plans(
             policy=None if augment.policy == "none" else draw_policy(augment.policy, keys[Purpose.POLICY]),
             cutout_S2=draw_cutout_centers(keys[Purpose.CUTOUT], geometry.image_size, geometry.image_size) if augment.cutout else None,
             mix=draw_mix(order.seed, epoch, step, geometry.image_size, augment),
+            jitter_S3=draw_jitter(keys[Purpose.JITTER], augment.color_jitter) if jitters else None,
         )
 
 
@@ -118,14 +130,15 @@ def eval_plans(
     geometry: SplitGeometry, eval_crop: float, batch_size: int, start_step: int, rank: int, world_size: int
 ) -> Iterator[BatchPlan]:
     """Every sample once, in id order, centre crop, no randomness; the last batch is smaller."""
-    num_samples = len(geometry.heights_N)
+    num_samples = len(geometry.kept_N2)
     for step in range(start_step, -(-num_samples // batch_size)):
         start = step * batch_size
         length = min(batch_size, num_samples - start)
         ids_S = np.arange(start + length * rank // world_size, start + length * (rank + 1) // world_size, dtype=np.int64)
         if not len(ids_S):
             continue  # a last batch smaller than the world leaves some ranks without a sample
-        windows_S4 = center_windows(geometry.heights_N[ids_S], geometry.widths_N[ids_S], eval_crop)
+        kept_S2 = geometry.kept_N2[ids_S]
+        windows_S4 = center_windows(kept_S2[:, 0], kept_S2[:, 1], eval_crop)
         yield BatchPlan(
             epoch=0,
             step=step,

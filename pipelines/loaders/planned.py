@@ -1,6 +1,6 @@
 """The one loader: plans batches, lets a pixel source fill them, finishes them on the device.
 
-order ─→ BatchPlan (host) ─→ PixelSource.stream: decode, crop, flip ─→ policy, cutout (device) ─→ Batch
+order ─→ BatchPlan (host) ─→ PixelSource.stream: decode, crop, flip ─→ jitter, policy, cutout (device) ─→ Batch
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipelines.augment.cutout import cutout
+from pipelines.augment.jitter import jitter
 from pipelines.augment.pixel_ops import upload
 from pipelines.augment.policies import apply_policy
 from pipelines.config import DataConfig
@@ -50,7 +51,7 @@ class PixelSource(Protocol):
 
     @property
     def stored_sizes(self) -> tuple[IntArray, IntArray] | None:
-        """Heights and widths, int64 [N], of the images as the source keeps them, which crops are drawn for; None: as in the index."""
+        """Heights and widths, int64 [N], of the images as the source keeps them, whose pixels windows are in; None: as in the index."""
         ...
 
     @property
@@ -71,6 +72,13 @@ class PixelSource(Protocol):
         ...
 
 
+def split_geometry(split: ShardSplit, image_size: int, stored_sizes: tuple[IntArray, IntArray] | None = None) -> SplitGeometry:
+    """The geometry of a split, whose images a source keeps in `stored_sizes` (heights, widths) or as they are."""
+    sizes_N2 = np.stack([split.heights_N, split.widths_N], axis=1)
+    kept_N2 = sizes_N2 if stored_sizes is None else np.stack(stored_sizes, axis=1)
+    return SplitGeometry(sizes_N2=sizes_N2, kept_N2=kept_N2, image_size=image_size)
+
+
 class PlannedLoader:
     """Implements `pipelines.types.Loader` over any `PixelSource`.
 
@@ -82,10 +90,10 @@ class PlannedLoader:
         """Groups the samples by class once; everything else happens in `epoch`."""
         split, config = request.split, request.config
         self._request, self._source = request, source
+        self._source_jitters: bool = getattr(source, "jitters", False)  # it applies the colour jitter itself, where that is cheaper
         self._stream = source.stream(iter(()))
         self._order = source.order or SampleOrder(split.labels_N, num_classes, config.batch_size, request.seed, config.order)
-        heights_N, widths_N = source.stored_sizes or (split.heights_N, split.widths_N)
-        self._geometry = SplitGeometry(heights_N=heights_N, widths_N=widths_N, image_size=config.image_size)
+        self._geometry = split_geometry(split, config.image_size, source.stored_sizes)
         self._substitutes_N: IntArray | None = None
         self.num_steps = self._order.num_steps if request.training else -(-len(split) // config.batch_size)
 
@@ -98,9 +106,9 @@ class PlannedLoader:
         next_step: int | None = start_step
         while next_step is not None:
             self._stream.close()
-            self._stream = self._source.stream(self._plans(epoch, next_step))
+            self._stream = stream = self._source.stream(self._plans(epoch, next_step))
             try:
-                for plan, images_SHWC in self._stream:
+                for plan, images_SHWC in stream:
                     yield self._finish(plan, images_SHWC)
                     next_step = plan.step + 1
                 next_step = None
@@ -109,6 +117,8 @@ class PlannedLoader:
                 if self._request.config.on_error == "stop" or not self._request.training:
                     raise
                 self._substitute(error)
+            finally:
+                stream.close()  # its own, at once: an epoch that is dropped holds no threads until the next one begins
 
     def _plans(self, epoch: int, start_step: int) -> Iterator[BatchPlan]:
         request = self._request
@@ -136,6 +146,8 @@ class PlannedLoader:
         _LOG.warning("%s; training goes on with another image of the class in its place", error)
 
     def _finish(self, plan: BatchPlan, images_SHWC: torch.Tensor) -> Batch:
+        if plan.jitter_S3 is not None and not self._source_jitters:
+            images_SHWC = jitter(images_SHWC, plan.jitter_S3)
         if plan.policy is not None:
             images_SHWC = apply_policy(images_SHWC, plan.policy)
         if plan.cutout_S2 is not None:

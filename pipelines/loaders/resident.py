@@ -1,86 +1,165 @@
-"""Loader `resident`: every image decoded once and kept as uint8 on the device; a batch is a gather, a crop and a flip.
+"""Loader `resident`: every image decoded once and kept as uint8; a batch is a gather, a crop, a flip and a jitter in one pass.
 
-Sets whose images all have one size are kept as they are. Others are brought to the centred square that evaluation sees, scaled so that
-evaluation's crop is image_size: crops are then drawn inside that square (the ragged buffer of whole images is not built yet).
+Images are kept whole, one after another in one buffer, the larger ones shrunk to a shorter side that crops can do with. The buffer lies in
+the CUDA device's memory where it fits there, else in the host's; on disk it is kept for the next run.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
+import logging
+import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
 
 import numpy as np
 import torch
-from PIL import Image
 
-from pipelines.augment.geometry import crop_resident
-from pipelines.augment.pixel_ops import upload
+from pipelines.format.reader import ByteArray
+from pipelines.loaders.damage import damaged_samples
 from pipelines.loaders.plan import BatchPlan
 from pipelines.loaders.planned import PixelRequest
-from pipelines.types import BackendError, ShardError
+from pipelines.loaders.resident_cache import CacheDraft, CacheFile, begin_draft, cache_file, exclusive, open_cached
+from pipelines.loaders.resident_crops import Crops, DeviceCrops, HostCrops, StagedCrops
+from pipelines.loaders.resident_size import GIB, fits_device, free_host_bytes, kept_side, kept_sizes, require_host_room
+from pipelines.types import IntArray
+
+_LOG = logging.getLogger(__name__)
+# Sets that take seconds pass in silence.
+_TELLING_BYTES = 1 << 30
+_PIECE_BYTES = 64 << 20
 
 
 class ResidentPixels:
-    """Pixel source over one uint8 tensor [N, size, size, 3] on the device."""
+    """Pixel source over one ragged uint8 buffer."""
 
     order = None
+    jitters = True
 
     def __init__(self, request: PixelRequest) -> None:
-        """Decodes the whole split with a few threads; memory is N·size²·3 bytes."""
-        self._request = request
-        split, config = request.split, request.config
-        sizes = np.unique(np.concatenate([split.heights_N, split.widths_N]))
-        stored_size = int(sizes[0]) if len(sizes) == 1 else round(config.image_size / config.augment.eval_crop)
-        self._resize, self._side = len(sizes) != 1, stored_size
-        self.stored_sizes = (np.full(len(split), stored_size, np.int64),) * 2
-        images_NHWC = self._empty((len(split), stored_size, stored_size, 3))
-        with ThreadPoolExecutor(config.num_threads or cpu_count() or 1) as pool:
-            for start in range(0, len(split), 1024):
-                ids = np.arange(start, min(start + 1024, len(split)))
-                for sample_id, pixels in zip(ids, pool.map(self._decode, ids, split.encoded(ids)), strict=True):
-                    images_NHWC[sample_id] = pixels
-        try:
-            self._images_NHWC = torch.from_numpy(images_NHWC).to(request.device)
-        except torch.OutOfMemoryError:
-            raise self._too_large(images_NHWC.nbytes, str(request.device)) from None
+        """Finds the decoded split on disk or decodes it.
 
-    def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        try:
-            return np.empty(shape, np.uint8)
-        except MemoryError:
-            raise self._too_large(int(np.prod(shape)), "the host") from None
+        Raises:
+            BackendError: it does not fit in memory; the sentence says what would. Or DALI is missing.
+            DamagedSampleError: an image does not decode, and it is to be evaluated or `on_error` is "stop".
+        """
+        self._request, split = request, request.split
+        self._side = kept_side(request.config)
+        self._sizes = kept_sizes(split.heights_N, split.widths_N, self._side)
+        self.stored_sizes = (self._sizes.heights_N, self._sizes.widths_N)
+        self._damaged: IntArray = np.empty(0, np.int64)
+        cache = cache_file(request, self._side, self._sizes.num_bytes)
+        device_P = self._device_buffer()
+        host_P = self._found_or_decoded(cache, device_P)
+        self._crops = self._crops_of(host_P, device_P)
 
-    @staticmethod
-    def _too_large(num_bytes: int, place: str) -> BackendError:
-        return BackendError(
-            f"loader 'resident' needs {num_bytes / (1 << 30):.1f} GiB on {place}, which has not that much free; take --loader dali"
+    def _device_buffer(self) -> torch.Tensor | None:
+        """Room for all images in the CUDA device's memory, uint8 [bytes]; None where there is no such device, or not the room."""
+        device, needed = self._request.device, self._sizes.num_bytes
+        if device.type != "cuda":
+            return None
+        if fits_device(needed, device):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return torch.empty(needed, dtype=torch.uint8, device=device)
+        _LOG.warning(
+            "'%s' decoded takes %.1f GiB, too much for %s beside a network: crops are made on the host and uploaded",
+            self._request.split.name,
+            needed / GIB,
+            device,
         )
+        return None
 
-    def _decode(self, sample_id: int, encoded: np.ndarray) -> np.ndarray:
+    def _found_or_decoded(self, cache: CacheFile | None, device_P: torch.Tensor | None) -> ByteArray | None:
+        """The images on the host, uint8 [bytes]; None where they were decoded straight into `device_P`."""
+        found = None if cache is None else open_cached(cache)
+        if found is not None:
+            return found
+        if device_P is None:
+            require_host_room(self._request.split, self._request.config, free_host_bytes())
+        if cache is None:
+            return self._decode(None, device_P)
+        with exclusive(cache.path.parent):
+            found = open_cached(cache)  # another process may have finished it meanwhile
+            return self._decode(begin_draft(cache), device_P) if found is None else found
+
+    def _decode(self, draft: CacheDraft | None, device_P: torch.Tensor | None) -> ByteArray | None:
+        from pipelines.loaders.resident_fill import decode_split  # needs DALI; images found on disk do not
+
+        request, num_bytes = self._request, self._sizes.num_bytes
+        skip = request.training and request.config.on_error == "skip"
+        host_P = None
+        if device_P is None:
+            host_P = np.empty(num_bytes, np.uint8) if draft is None else draft.pixels_P
+        target_P = torch.from_numpy(host_P) if device_P is None else device_P
+        written = 0
+
+        def put(start: int, pixels_P: torch.Tensor) -> None:
+            nonlocal written
+            target_P[start : start + len(pixels_P)].copy_(pixels_P)
+            if draft is not None and device_P is None and start - written >= _PIECE_BYTES:
+                draft.begin_writeback(written, start)
+                written = start
+
+        started_s = time.perf_counter()
+        place = str(device_P.device) if device_P is not None else "memory"
+        place += "" if draft is None else f" and {draft.path.parent}"
+        self._tell("decoding %d images of '%s' once: %.1f GiB at shorter side %d, kept in %s", num_bytes / GIB, self._side, place)
         try:
-            with Image.open(io.BytesIO(encoded.data)) as image:
-                upright = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ShardError(f"{self._request.split.describe(sample_id)} does not decode ({error}); make the shards again") from error
-        if self._resize:
-            side = min(upright.size)
-            left, top = (upright.width - side) // 2, (upright.height - side) // 2
-            upright = upright.resize(
-                (self._side, self._side), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side), reducing_gap=None
-            )
-        return np.asarray(upright)
+            self._damaged = decode_split(request, self._sizes, put, skip)
+            self._tell("decoded %d images of '%s' in %.0f s", time.perf_counter() - started_s)
+            if draft is not None and not len(self._damaged):  # a set with holes is this run's only
+                if device_P is not None:
+                    _download(device_P, draft.pixels_P)
+                draft.publish()
+        finally:
+            if draft is not None:
+                draft.discard()
+        return host_P
+
+    def _tell(self, sentence: str, *details: float | str) -> None:
+        if self._sizes.num_bytes >= _TELLING_BYTES:
+            _LOG.info(sentence, len(self._request.split), self._request.split.name, *details)
+
+    def _crops_of(self, host_P: ByteArray | None, device_P: torch.Tensor | None) -> Crops:
+        if device_P is not None:
+            if host_P is not None:
+                _upload(host_P, device_P)
+            return DeviceCrops(self._request, device_P, self._sizes)
+        assert host_P is not None
+        host_P.flags.writeable = False
+        return (StagedCrops if self._request.device.type == "cuda" else HostCrops)(self._request, host_P, self._sizes)
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
-        """Gathers, crops and flips on the device; nothing runs ahead because nothing is waited for."""
-        image_size, device = self._request.config.image_size, self._request.device
+        """Yields each plan with its crops.
+
+        Raises:
+            DamagedSampleError: a plan names images that did not decode.
+        """
+        return self._crops.stream(self._whole(plans) if len(self._damaged) else plans)
+
+    def _whole(self, plans: Iterator[BatchPlan]) -> Iterator[BatchPlan]:
         for plan in plans:
-            images_SHWC = self._images_NHWC[upload(plan.ids_S, device)]
-            # Windows of the target's own size are copied exactly; all others are resampled.
-            resize = bool((plan.windows_S4[:, 2:] != image_size).any())
-            yield plan, crop_resident(images_SHWC, upload(plan.windows_S4, device), upload(plan.flips_S, device), image_size, resize)
+            if np.isin(plan.ids_S, self._damaged).any():
+                raise damaged_samples(self._request.split, self._damaged)
+            yield plan
 
     def close(self) -> None:
-        """Frees the images."""
-        self._images_NHWC = torch.empty(0, dtype=torch.uint8)
+        """Ends threads and frees the images."""
+        self._crops.close()
+
+
+def _upload(host_P: ByteArray, device_P: torch.Tensor) -> None:
+    """Copies a mapped buffer to the device, through two pinned pieces so that reading and copying overlap."""
+    pieces = [(torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+    for number, start in enumerate(range(0, len(host_P), _PIECE_BYTES)):
+        pinned, copied = pieces[number % 2]
+        copied.synchronize()
+        part = host_P[start : start + _PIECE_BYTES]
+        pinned.numpy()[: len(part)] = part
+        device_P[start : start + len(part)].copy_(pinned[: len(part)], non_blocking=True)
+        copied.record(torch.cuda.current_stream(device_P.device))
+    torch.cuda.current_stream(device_P.device).synchronize()
+
+
+def _download(device_P: torch.Tensor, host_P: ByteArray) -> None:
+    for start in range(0, len(host_P), _PIECE_BYTES):
+        host_P[start : start + _PIECE_BYTES] = device_P[start : start + _PIECE_BYTES].cpu().numpy()

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from pipelines.loaders import LOADERS
+
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["--recipe", "cifar10lt_resnet20_40ep", "--epochs", "1", "--precision", "fp32", "--device", "cpu"]
 
@@ -62,7 +64,7 @@ def test_print_config_is_json_and_trains_nothing(tmp_path: Path) -> None:
     [
         (["--dataset", "imagenet"], "unknown dataset 'imagenet'; known: demo, folder, cifar10-lt, cifar100-lt"),
         (["--dataset", "demo", "--recipe", "fastest"], "unknown recipe 'fastest'; known: demo_resnet20_12ep"),
-        (["--dataset", "demo", "--loader", "torch"], "unknown loader 'torch'; known: auto, dali, resident, synthetic"),
+        (["--dataset", "demo", "--loader", "torch"], "unknown loader 'torch'; known: auto, " + ", ".join(LOADERS)),
         (["--dataset", "demo", "--shards", "absent"], "no shards at absent"),
         (["--dataset", "demo"], "no shards at shards/demo"),
         (["--dataset", "demo", "--set", "lr=1"], "unknown setting 'lr'"),

@@ -92,8 +92,10 @@ def test_every_loss_learns_the_small_set(make_shards: Any, tmp_path: Path, loss:
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_every_loader_trains_and_evaluates(make_shards: Any, tmp_path: Path, loader: str) -> None:
+    if loader == "ffcv":
+        pytest.importorskip("ffcv", reason="FFCV is not installed")
     config = replace(CONFIG, epochs=1, data=replace(CONFIG.data, loader=loader))
-    trainer = Trainer(config, make_shards(val=2), tmp_path / "run", console())
+    trainer = Trainer(config, make_shards(val=2, beton=loader == "ffcv"), tmp_path / "run", console())
     result = trainer.fit()
     trainer.close()
     assert result.selection_split == "val"

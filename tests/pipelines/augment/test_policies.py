@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,10 +15,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipelines.augment import policies
+from pipelines.augment import policies, shares
 from pipelines.augment.cutout import cutout, draw_cutout_centers
 from pipelines.augment.pixel_ops import Op
-from pipelines.augment.policies import AUTOAUGMENT_CIFAR10, POLICY_TABLE, PolicyPlan, apply_policy, compile_policy, draw_policy
+from pipelines.augment.policies import (
+    AUTOAUGMENT_CIFAR10,
+    POLICY_TABLE,
+    PolicyPlan,
+    apply_policy,
+    apply_reference,
+    compile_policy,
+    draw_policy,
+)
 from pipelines.config import POLICIES
 from pipelines.randomness import position_keys
 from pipelines.types import ConfigError
@@ -109,6 +118,10 @@ def plan_of(*rows: tuple[tuple[Op, float], tuple[Op, float]]) -> PolicyPlan:
 
 NOTHING = (Op.IDENTITY, 0.0)
 
+Apply = Callable[[torch.Tensor, PolicyPlan], torch.Tensor]
+# On a CPU `apply_policy` runs compiled loops; what CUDA runs is tested here, too.
+EVERY_WAY = pytest.mark.parametrize("apply", [pytest.param(apply_policy, id="compiled"), pytest.param(apply_reference, id="torch")])
+
 
 # ---- the table
 
@@ -139,11 +152,11 @@ def test_unknown_policy_is_named_with_the_known_ones() -> None:
 
 def test_another_policy_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [((first, 1.0, 5), (second, 1.0, 5)) for first in OPS for second in OPS]
-    monkeypatch.setitem(POLICY_TABLE, "randaugment", compile_policy(pairs))
-    plan = draw_policy("randaugment", keys(8000))
+    monkeypatch.setitem(POLICY_TABLE, "all-pairs", compile_policy(pairs))
+    plan = draw_policy("all-pairs", keys(8000))
     assert {(int(a), int(b)) for a, b in plan.ops_S2} == {(a, b) for a in OPS for b in OPS}
     images = torch.from_numpy(sample_images(8, 9))
-    assert apply_policy(images, draw_policy("randaugment", keys(8))).shape == images.shape
+    assert apply_policy(images, draw_policy("all-pairs", keys(8))).shape == images.shape
 
 
 # ---- the draw
@@ -193,31 +206,35 @@ def test_every_amount_comes_with_both_signs_equally_often() -> None:
 # ---- the pixels
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (21, 40)])
-def test_operation_equals_pillow_at_every_magnitude(op: Op, stage: int, height: int, width: int) -> None:
+def test_operation_equals_pillow_at_every_magnitude(apply: Apply, op: Op, stage: int, height: int, width: int) -> None:
     amounts = signed_amounts(op)
     images = sample_images(height, width, seed=int(op))
     rows = [((op, amount), NOTHING)[:: 1 - 2 * stage] for _ in images for amount in amounts]
     batch = np.repeat(images, len(amounts), axis=0)
-    changed = apply_policy(torch.from_numpy(batch), plan_of(*rows)).numpy()  # type: ignore[arg-type]
+    changed = apply(torch.from_numpy(batch), plan_of(*rows)).numpy()  # type: ignore[arg-type]
     expected = np.stack([pillow(op, amount, image) for image in images for amount in amounts])
     np.testing.assert_array_equal(changed, expected)
 
 
+@EVERY_WAY
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(height=st.integers(8, 40), width=st.integers(8, 40), base=st.integers(0, 2**64 - 1))
-def test_drawn_plans_equal_pillow_in_any_shape(height: int, width: int, base: int) -> None:
-    plan = draw_policy("autoaugment-cifar10", keys(16, base))
+def test_drawn_plans_equal_pillow_in_any_shape(apply: Apply, policy: str, height: int, width: int, base: int) -> None:
+    plan = draw_policy(policy, keys(16, base))
     images = np.concatenate([sample_images(height, width, base % 1000), sample_images(height, width, base % 1000 + 1)])
     expected = images.copy()
     for stage in (0, 1):
         for row in range(16):
             expected[row] = pillow(Op(plan.ops_S2[row, stage]), float(plan.amounts_S2[row, stage]), expected[row])
-    np.testing.assert_array_equal(apply_policy(torch.from_numpy(images), plan).numpy(), expected)
+    np.testing.assert_array_equal(apply(torch.from_numpy(images), plan).numpy(), expected)
 
 
+@EVERY_WAY
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     op=st.sampled_from([Op.SHEAR_X, Op.SHEAR_Y, Op.ROTATE, *ENHANCERS]),
@@ -225,29 +242,31 @@ def test_drawn_plans_equal_pillow_in_any_shape(height: int, width: int, base: in
     height=st.integers(8, 40),
     width=st.integers(8, 40),
 )
-def test_amounts_between_the_indices_equal_pillow(op: Op, amount: float, height: int, width: int) -> None:
+def test_amounts_between_the_indices_equal_pillow(apply: Apply, op: Op, amount: float, height: int, width: int) -> None:
     amount = amount * 80 if op == Op.ROTATE else amount
     images = sample_images(height, width)
-    changed = apply_policy(torch.from_numpy(images), plan_of(*[((op, amount), NOTHING)] * len(images))).numpy()
+    changed = apply(torch.from_numpy(images), plan_of(*[((op, amount), NOTHING)] * len(images))).numpy()
     expected = np.stack([pillow(op, float(np.float32(amount)), image) for image in images])
     np.testing.assert_array_equal(changed, expected)
 
 
-def test_images_do_not_depend_on_their_neighbours() -> None:
+@EVERY_WAY
+def test_images_do_not_depend_on_their_neighbours(apply: Apply) -> None:
     images = torch.from_numpy(np.concatenate([sample_images(16, 24, seed) for seed in range(20)]))
     plan = draw_policy("autoaugment-cifar10", keys(160))
-    whole = apply_policy(images, plan)
+    whole = apply(images, plan)
     order = np.random.default_rng(1).permutation(160)[:90]
-    part = apply_policy(images[order], PolicyPlan(ops_S2=plan.ops_S2[order], amounts_S2=plan.amounts_S2[order]))
+    part = apply(images[order], PolicyPlan(ops_S2=plan.ops_S2[order], amounts_S2=plan.amounts_S2[order]))
     assert torch.equal(part, whole[order])
 
 
-def test_result_is_a_new_tensor_of_the_same_kind_and_idle_rows_are_kept() -> None:
+@EVERY_WAY
+def test_result_is_a_new_tensor_of_the_same_kind_and_idle_rows_are_kept(apply: Apply) -> None:
     images = torch.from_numpy(np.concatenate([sample_images(12, 20, seed) for seed in range(8)]))
     kept = images.clone()
     plan = draw_policy("autoaugment-cifar10", keys(64))
     # A view with other strides must do as well.
-    changed = apply_policy(images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), plan)
+    changed = apply(images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), plan)
     assert (changed.shape, changed.dtype, changed.device) == (images.shape, torch.uint8, images.device)
     assert changed.is_contiguous()
     assert torch.equal(images, kept)
@@ -285,7 +304,19 @@ def test_nothing_waits_for_the_device() -> None:
     plan = draw_policy("autoaugment-cifar10", keys(256))
     assert set(np.unique(plan.ops_S2)) >= {Op.CONTRAST, Op.AUTOCONTRAST, Op.EQUALIZE, Op.COLOR, Op.SHARPNESS, Op.TRANSLATE_Y}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert apply_policy(torch.empty(256, 16, 16, 3, dtype=torch.uint8), plan).shape == (256, 16, 16, 3)
+        assert apply_reference(torch.empty(256, 16, 16, 3, dtype=torch.uint8), plan).shape == (256, 16, 16, 3)
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.from_numpy(np.concatenate([sample_images(16, 24, seed) for seed in range(5)]))
+    plan = draw_policy("randaugment", keys(40))
+    expected, before = apply_policy(images, plan), torch.get_num_threads()
+    monkeypatch.setattr(shares, "BYTES_WORTH_THREADS", 1)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(apply_policy(images, plan), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.cuda
