@@ -1,4 +1,4 @@
-"""The command line: `bce3s fast-train`, `bce3s evaluate`. Torch is imported only once a command runs, so `--help` is instant."""
+"""The command line: `bce3s fast-train`, `evaluate` and `profile`. Torch is imported only once a command runs, so `--help` is instant."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from bce3s.throughput.command import profile
 from pipelines.datasets import DATASETS, shot_groups
 from pipelines.types import ConfigError, ShardError, UserError
 
@@ -30,12 +31,12 @@ def _root() -> None:
 @app.command("fast-train")
 def fast_train(
     dataset: Annotated[str, typer.Option(help=f"Data set the shards were made from: {', '.join(DATASETS)}.")],
-    shards: Annotated[Path | None, typer.Option(help="Shard folder; default shards/DATASET.")] = None,
+    shards: Annotated[str | None, typer.Option(help="Shard folder, or URL to stream from; default shards/DATASET.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe to start from; default that of the data set.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/DATASET-LOSS-ARCH-sSEED.")] = None,
     loss: Annotated[str | None, typer.Option(help="bce3s, bce or ce.")] = None,
     arch: Annotated[str | None, typer.Option(help="Backbone, such as resnet32-cifar or resnet50.")] = None,
-    loader: Annotated[str | None, typer.Option(help="auto, dali, resident or synthetic.")] = None,
+    loader: Annotated[str | None, typer.Option(help="auto, dali, resident, webdataset or synthetic.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the whole schedule.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Source images a step; three views each.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -71,7 +72,7 @@ def _resolve(dataset: str, recipe: str | None, flags: dict[str, Any], settings: 
     return override(build_recipe(recipe, dataset), [f"{path}={value}" for path, value in flags.items()] + settings)
 
 
-def _train(config: TrainConfig, shards: Path, out: Path, *, resume: bool, overwrite: bool) -> None:
+def _train(config: TrainConfig, shards: Path | str, out: Path, *, resume: bool, overwrite: bool) -> None:
     from dataclasses import replace
 
     from bce3s.train import LAST_CHECKPOINT, Trainer, saved_loader
@@ -127,10 +128,13 @@ def _print_result(console: Console, trainer: Trainer, result: RunResult) -> None
     console.print(f"run: {trainer.out}   evaluate again: bce3s evaluate {trainer.out}", highlight=False, soft_wrap=True)
 
 
+app.command("profile")(profile)
+
+
 @app.command("evaluate")
 def evaluate_run(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    shards: Annotated[Path | None, typer.Option(help="Shard folder; default the one the run was trained on.")] = None,
+    shards: Annotated[str | None, typer.Option(help="Shard folder or URL; default what the run was trained on.")] = None,
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     checkpoint: Annotated[str, typer.Option(help="last or best.")] = "last",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -138,6 +142,7 @@ def evaluate_run(
 ) -> None:
     """Evaluate a trained run, with and without flip test-time augmentation."""
     import json
+    from dataclasses import replace
 
     import numpy as np
 
@@ -150,19 +155,22 @@ def evaluate_run(
     from pipelines.config import require_choice
     from pipelines.format import open_shards
     from pipelines.loaders import build_loader
+    from pipelines.store import is_remote
 
     require_choice("split", split, ("val", "test"))
     require_choice("checkpoint", checkpoint, ("last", "best"))
     path = run / f"{checkpoint}.pt"
     recorded = read_json(run / ENVIRONMENT_FILE)
     state = load_checkpoint(path, resolve_device(device))
-    folder = shards or Path(recorded["shards"])
-    if shards is None and not folder.is_dir():
-        raise ShardError(f"the shards of {run} are not at {folder} any more; name where they are with --shards")
-    opened = open_shards(folder)
+    location = shards or recorded["shards"]
+    if shards is None and not is_remote(location) and not Path(location).is_dir():
+        raise ShardError(f"the shards of {run} are not at {location} any more; name where they are with --shards")
+    opened = open_shards(location)
     require_same_data(state, path, opened.dataset, opened.fingerprint, opened.root)
     config, placement, model = load_run(state, device)
-    data = build_loader(opened, split, config.data, seed=config.seed, device=placement.device)
+    # What a run was trained from a folder with cannot stream; "auto" finds what can.
+    data_config = config.data if isinstance(opened.root, Path) else replace(config.data, loader="auto")
+    data = build_loader(opened, split, data_config, seed=config.seed, device=placement.device)
     console = Console(stderr=json_output)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"evaluating {split}", total=data.num_steps)

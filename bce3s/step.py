@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bce3s.config import OptimizerConfig, TrainConfig
 from bce3s.device import Placement
-from bce3s.losses import Loss, LossInputs, MixedTargets
+from bce3s.losses import Loss, LossInputs, LossOutput, MixedTargets
 from bce3s.models import Recogniser
 from pipelines.augment.mix import channel_statistics, mix_views
 from pipelines.randomness import Purpose, derive_key
@@ -55,38 +55,57 @@ class TrainStep:
         self.model, self.loss, self.config, self.placement = model, loss, config, placement
         self.optimizer = build_optimizer(model, config.optimizer)
         self.scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.precision == "fp16")
-        self._features = torch.compile(model.features) if config.compile else model.features
+        self.features = torch.compile(model.features) if config.compile else model.features
         self._mean, self._std = channel_statistics(config.data.augment, placement.device)
         self._generator = torch.Generator(placement.device)
 
     def __call__(self, batch: Batch, num_steps: int) -> dict[str, Tensor]:
         """Trains on `batch`, step `batch.step` of `num_steps` of its epoch; returns detached loss terms and "total", float32 []."""
-        assert batch.mix is not None, "a training batch carries its mix"
-        config = self.config
+        self.schedule(batch, num_steps)
+        output = self.evaluate_loss(self.views(batch), batch)
+        self.backward(output.total)
+        self.update()
+        return {"total": output.total.detach(), **output.terms}
+
+    def schedule(self, batch: Batch, num_steps: int) -> None:
+        """Sets the learning rate and the draws of this place in the run."""
         # The draw is keyed by place, so a resumed run continues with the same class subsets.
-        self._generator.manual_seed(derive_key(config.seed, batch.epoch, batch.step, Purpose.CLASS_SUBSET) >> 1)
-        rate = learning_rate_at(config.optimizer, config.epochs, batch.epoch + batch.step / num_steps)
+        self._generator.manual_seed(derive_key(self.config.seed, batch.epoch, batch.step, Purpose.CLASS_SUBSET) >> 1)
+        rate = learning_rate_at(self.config.optimizer, self.config.epochs, batch.epoch + batch.step / num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+
+    def views(self, batch: Batch) -> Tensor:
+        """The normalised views [3B, 3, H, W] of a training batch, in the run's precision and memory layout."""
+        assert batch.mix is not None, "a training batch carries its mix"
         views = mix_views(batch.images_SHWC, batch.mix, self._mean, self._std, self.placement.dtype)
-        if not self.placement.channels_last:
-            views = views.contiguous()
+        return views if self.placement.channels_last else views.contiguous()
+
+    def evaluate_loss(self, views: Tensor, batch: Batch) -> LossOutput:
+        """Features of the views [3B, 3, H, W] and the loss on them."""
+        assert batch.mix is not None, "a training batch carries its mix"
         labels_B, partner_labels_B = batch.labels_S.chunk(2)
         with self.placement.autocast():
             inputs = LossInputs(
-                features_VD=self._features(views),
+                features_VD=self.features(views),
                 mixup=MixedTargets(labels_B, partner_labels_B, batch.mix[0]),
                 cutmix=MixedTargets(labels_B, partner_labels_B, batch.mix[1]),
                 heads=self.model,
                 epoch=batch.epoch,
                 generator=self._generator,
             )
-            output = self.loss(inputs)
+            return self.loss(inputs)
+
+    def backward(self, total: Tensor) -> None:
+        """Gradients of float32 [] `total`, in place of those before."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(output.total).backward()
-        if config.optimizer.clip_norm:
+        self.scaler.scale(total).backward()
+
+    def update(self) -> None:
+        """One optimizer step, clipped if the config says so."""
+        clip_norm = self.config.optimizer.clip_norm
+        if clip_norm:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm)
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return {"total": output.total.detach(), **output.terms}

@@ -23,7 +23,7 @@ LOADERS: dict[str, str] = {
     "synthetic": "pipelines.loaders.synthetic:SyntheticPixels",
     "webdataset": "pipelines.loaders.webdataset:WebdatasetPixels",
 }
-_NEED_NO_FOLDER = ("synthetic", "webdataset")
+_NEED_NO_FOLDER = ("cached", "synthetic", "webdataset")
 
 __all__ = ["LOADERS", "LoaderChoice", "PlannedLoader", "build_loader", "choose_loader"]
 

@@ -12,19 +12,20 @@ from importlib import import_module
 
 import torch
 
+from pipelines.loaders.choice import is_streamed
 from pipelines.loaders.plan import BatchPlan, StepOrder
 from pipelines.loaders.planned import PixelRequest, PixelSource
 from pipelines.types import IntArray
 
 KEPT_BATCHES = 8
-_SMALL_SIZE = 64  # px; sets of such images are small when decoded
 
 
 def _real_source(request: PixelRequest) -> PixelSource:
     """Who decodes the batches that are kept."""
     from pipelines.loaders import LOADERS
 
-    module_name, class_name = LOADERS["resident" if request.config.image_size <= _SMALL_SIZE else "dali"].split(":")
+    # Few batches are asked for, so one that decodes what is asked for; from a URL, one that fetches no more than that.
+    module_name, class_name = LOADERS["webdataset" if is_streamed(request.shards) else "dali"].split(":")
     source: PixelSource = getattr(import_module(module_name), class_name)(request)
     return source
 
