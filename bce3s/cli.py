@@ -76,9 +76,12 @@ def _train(config: TrainConfig, shards: Path | str, out: Path, *, resume: bool, 
     from dataclasses import replace
 
     from bce3s.train import LAST_CHECKPOINT, Trainer, saved_loader
+    from pipelines.config import require_choice
     from pipelines.format import open_shards
     from pipelines.format.bus_error import explain_bus_errors
+    from pipelines.loaders import LOADERS
 
+    require_choice("loader", config.data.loader, ("auto", *LOADERS))
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite starts it anew: give one of them")
     console = Console()
