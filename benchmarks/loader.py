@@ -9,21 +9,17 @@ machine whose speed drifts slows both; the ratio is taken round by round. Ours i
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import nvidia.dali
 import torch
 import typer
 from nvidia.dali import Pipeline, fn, types
 from photographs import link_photographs, shard_photographs
+from turns import report
 
 from bce3s.cli import run_app
 from pipelines.config import AugmentConfig, DataConfig
@@ -114,30 +110,7 @@ def main(
             pairs.append((found[0], found[1]))
             print(f"round {turn + 1}: bare {found[0]:.0f} images/s, dali loader {found[1]:.0f} images/s, ratio {found[1] / found[0]:.3f}")
         ours.close()
-    report(pairs, batch_size, num_threads, json_file)
-
-
-def report(pairs: list[tuple[float, float]], batch_size: int, num_threads: int, json_file: Path | None) -> None:
-    """Prints median and range, and writes them as JSON."""
-    ratios = [ours / bare for bare, ours in pairs]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    figures = {
-        "n": len(pairs),
-        "bare_images_per_s_median": statistics.median(bare for bare, _ in pairs),
-        "loader_images_per_s_median": statistics.median(ours for _, ours in pairs),
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "decode_batch": batch_size,
-        "threads": num_threads,
-        "dali": nvidia.dali.__version__,
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "commit": commit,
-    }
-    print(f"ratio: median {figures['ratio_median']:.3f}, range {min(ratios):.3f} to {max(ratios):.3f}, n = {len(pairs)}")
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+    report(pairs, batch_size, num_threads, ("nvidia-dali-cuda130", "torch"), json_file)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ import typer
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.auto_aug import rand_augment
+from photographs import photographs
 from PIL import Image
 
 from bce3s.cli import run_app
 from pipelines.augment.policies import apply_policy, apply_reference, draw_policy
 from pipelines.randomness import position_keys
-from pipelines.types import DatasetError
 
 SIDE = 224
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -42,10 +42,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def load_batch(folder: Path, batch_size: int) -> NDArray[np.uint8]:
     """uint8 [S, 224, 224, 3]: the first JPEGs of a folder, over again where there are too few."""
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
-    if not paths:
-        raise DatasetError(f"{folder} holds no JPEG files; name a folder of photographs with --images")
-    images = [np.asarray(Image.open(path).convert("RGB").resize((SIDE, SIDE))) for path in paths[:batch_size]]
+    images = [np.asarray(Image.open(path).convert("RGB").resize((SIDE, SIDE))) for path in photographs(folder)[:batch_size]]
     return np.stack(list(itertools.islice(itertools.cycle(images), batch_size)))
 
 

@@ -22,15 +22,13 @@ from typing import Annotated, Any
 import nvidia.dali
 import torch
 import typer
+from photographs import link_photographs, shard_photographs
 
 from bce3s.cli import run_app
 from pipelines.config import AugmentConfig, DataConfig, ResidentConfig
-from pipelines.conversion import WriteOptions, write_shards
-from pipelines.datasets import DatasetOptions, open_dataset
-from pipelines.format import ShardSet, open_shards
+from pipelines.format import ShardSet
 from pipelines.loaders import build_loader
 from pipelines.loaders.resident_size import resident_bytes
-from pipelines.types import DatasetError
 
 IMAGE_SIZE, MIN_SIDE = 224, 256
 STREAM_BATCHES = (64, 256)
@@ -58,18 +56,6 @@ class Side:
     def close(self) -> None:
         """Frees threads and images."""
         self._loader.close()
-
-
-def link_images(images: Path, folder: Path, repeats: int) -> None:
-    """A folder data set of one class made of links to `images`, each `repeats` times."""
-    sources = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
-    if not sources:
-        raise DatasetError(f"{images} holds no JPEG files; name a folder of photographs with --images")
-    for split, count in (("train", repeats), ("val", 1), ("test", 1)):
-        (folder / split / "photo").mkdir(parents=True)
-        for repeat in range(count):
-            for source in sources:
-                (folder / split / "photo" / f"{repeat:03d}-{source.name}").symlink_to(source.resolve())
 
 
 def measure(shards: ShardSet, config: DataConfig, rounds: int, resident_epochs: int) -> dict[str, Any]:
@@ -116,11 +102,8 @@ def main(
     """Measure and print the ratios."""
     num_threads = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as scratch:
-        link_images(images, Path(scratch) / "photos", repeats)
-        opened = open_dataset("folder", DatasetOptions(source=Path(scratch) / "photos"))
-        orders = {name: torch.arange(len(split.labels_N)).numpy() for name, split in opened.splits.items()}
-        write_shards(opened, orders, Path(scratch) / "shards", WriteOptions())
-        shards = open_shards(Path(scratch) / "shards")
+        link_photographs(images, Path(scratch) / "photos", repeats)
+        shards = shard_photographs(Path(scratch) / "photos", Path(scratch) / "shards")
         config = DataConfig(
             loader="resident",
             image_size=IMAGE_SIZE,

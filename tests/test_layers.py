@@ -169,8 +169,8 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-# Benchmarks make their sets alike: the one module that scripts beside it import.
-SHARED_BY_SCRIPTS = {"photographs"}
+# Benchmarks make their sets and report their figures alike: the modules that scripts beside them import.
+SHARED_BY_SCRIPTS = {"photographs", "turns"}
 TOOL_NAMES = frozenset(path.stem for path in python_files("tools", "benchmarks")) - SHARED_BY_SCRIPTS
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 import torch
 
 from bce3s.step import TrainStep
 from bce3s.throughput.timing import Probe, synchronize
+from bce3s.throughput.waits import Wait, wait_for
 from bce3s.throughput.workload import EndlessBatches
 from pipelines.types import Batch
 
@@ -40,8 +40,7 @@ class Together:
     def __init__(self, batches: EndlessBatches, step: TrainStep, depth: int) -> None:
         """`depth` is how many batches the loader decodes ahead."""
         self._batches, self._step, self._depth = batches, step, depth
-        self._cuda = step.placement.device.type == "cuda"
-        self._waits: list[tuple[float, torch.cuda.Event | None, torch.cuda.Event | None]] = []
+        self._waits: list[Wait] = []
         self.stall_shares: list[float] = []
 
     @property
@@ -50,18 +49,11 @@ class Together:
         return Probe(work=self._work, settle=self._steady, finished=self._finished)
 
     def _work(self) -> int:
-        asked, asked_s = self._event(), time.perf_counter()
-        batch = next(self._batches)
-        self._waits.append((time.perf_counter() - asked_s, asked, self._event()))
+        batch, wait = wait_for(self._batches, self._step.placement.device)
+        assert batch is not None, "batches without end"
+        self._waits.append(wait)
         self._step(batch, self._batches.num_steps)
         return len(batch.ids_S)
-
-    def _event(self) -> torch.cuda.Event | None:
-        if not self._cuda:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def _steady(self) -> None:
         """A queue as in the middle of training: emptied of what came while others were measured, then refilled during one step."""
@@ -72,11 +64,7 @@ class Together:
         self._waits = []
 
     def _finished(self, elapsed_s: float) -> None:
-        # The host runs ahead of a GPU and may wait while the device is busy: there a wait counts only as far as the device idled.
-        stall_s = sum(
-            wait_s if asked is None or got is None else min(wait_s, asked.elapsed_time(got) / 1e3) for wait_s, asked, got in self._waits
-        )
-        self.stall_shares.append(stall_s / elapsed_s)
+        self.stall_shares.append(sum(wait.stall_s for wait in self._waits) / elapsed_s)
 
 
 class DiscardingReader:

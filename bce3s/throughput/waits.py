@@ -34,19 +34,35 @@ class Occupancy:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One step: host times in seconds, and on CUDA the events between which the device may have idled."""
+class Wait:
+    """One wait for a batch: `wait_s` of the host, and on CUDA the events between which the device may have idled."""
 
     wait_s: float
-    elapsed_s: float
     asked: torch.cuda.Event | None
     got: torch.cuda.Event | None
 
     @property
     def stall_s(self) -> float:
+        """Seconds that the device stood still; to be asked for once the device has passed this point."""
         if self.asked is None or self.got is None:
             return self.wait_s
         return min(self.wait_s, float(self.asked.elapsed_time(self.got)) / 1e3)
+
+
+def wait_for(batches: Iterator[BatchT], device: torch.device) -> tuple[BatchT | None, Wait]:
+    """The next batch, None at the end, and what waiting for it cost; never makes the host wait for `device`."""
+    asked, asked_s = _mark(device), time.perf_counter()
+    batch = next(batches, None)
+    wait_s = time.perf_counter() - asked_s
+    return batch, Wait(wait_s, asked, _mark(device))
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class DataWaits(Generic[BatchT]):
@@ -59,35 +75,26 @@ class DataWaits(Generic[BatchT]):
 
     def __init__(self, batches: Iterator[BatchT], device: torch.device) -> None:
         """Nothing is drawn yet."""
-        self._batches, self._cuda = batches, device.type == "cuda"
-        self._recent: list[_Step] = []
+        self._batches, self._device = batches, device
+        self._recent: list[tuple[Wait, float]] = []
         self._sums = _Sums()
 
     def __iter__(self) -> Iterator[BatchT]:
         """The batches; the time until the next one is asked for counts as the step's."""
         while True:
-            asked, asked_s = self._event(), time.perf_counter()
-            batch = next(self._batches, None)
-            wait_s = time.perf_counter() - asked_s
+            asked_s = time.perf_counter()
+            batch, wait = wait_for(self._batches, self._device)
             if batch is None:
                 return
-            got = self._event()
             yield batch
-            self._recent.append(_Step(wait_s, time.perf_counter() - asked_s, asked, got))
-
-    def _event(self) -> torch.cuda.Event | None:
-        if not self._cuda:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+            self._recent.append((wait, time.perf_counter() - asked_s))
 
     def recent(self) -> Occupancy:
         """Of the steps since the last call. To be called when the host has waited for the device anyway: all events have happened then."""
         sums = _Sums()
-        for step in self._recent:
-            sums.add(step)
-            self._sums.add(step)
+        for wait, elapsed_s in self._recent:
+            sums.add(wait.stall_s, elapsed_s)
+            self._sums.add(wait.stall_s, elapsed_s)
         self._recent = []
         return sums.occupancy()
 
@@ -104,10 +111,10 @@ class _Sums:
     num_ready: int = 0
     num_steps: int = 0
 
-    def add(self, step: _Step) -> None:
-        self.stall_s += step.stall_s
-        self.elapsed_s += step.elapsed_s
-        self.num_ready += step.stall_s <= READY_SHARE * step.elapsed_s
+    def add(self, stall_s: float, elapsed_s: float) -> None:
+        self.stall_s += stall_s
+        self.elapsed_s += elapsed_s
+        self.num_ready += stall_s <= READY_SHARE * elapsed_s
         self.num_steps += 1
 
     def occupancy(self) -> Occupancy:
