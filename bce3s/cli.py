@@ -36,7 +36,7 @@ def fast_train(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/DATASET-LOSS-ARCH-sSEED.")] = None,
     loss: Annotated[str | None, typer.Option(help="bce3s, bce or ce.")] = None,
     arch: Annotated[str | None, typer.Option(help="Backbone, such as resnet32-cifar or resnet50.")] = None,
-    loader: Annotated[str | None, typer.Option(help="auto, dali, resident, webdataset or synthetic.")] = None,
+    loader: Annotated[str | None, typer.Option(help="auto, resident, dali, ffcv, webdataset, cached or synthetic.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the whole schedule.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Source images a step; three views each.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -78,8 +78,8 @@ def _train(config: TrainConfig, shards: Path | str, out: Path, *, resume: bool, 
     from bce3s.train import LAST_CHECKPOINT, Trainer, saved_loader
     from pipelines.config import require_choice
     from pipelines.format import open_shards
-    from pipelines.format.bus_error import explain_bus_errors
-    from pipelines.loaders import LOADERS
+    from pipelines.format.bus_error import explain_bus_errors_of
+    from pipelines.loaders import LOADERS, MADE_UP_PIXELS
 
     require_choice("loader", config.data.loader, ("auto", *LOADERS))
     if resume and overwrite:
@@ -90,21 +90,21 @@ def _train(config: TrainConfig, shards: Path | str, out: Path, *, resume: bool, 
         raise ConfigError(f"{out} holds a run already; add --resume to continue it, --overwrite to start anew, or choose another --out")
     if has_run and resume and config.data.loader == "auto":
         config = replace(config, data=replace(config.data, loader=saved_loader(out)))
-    trainer = Trainer(config, open_shards(shards), out, console)
-    explain_bus_errors(
-        f"a shard of {shards} was cut short, or its disk failed, while it was read; run 'python tools/verify_shards.py {shards}', "
-        f"mend what it names, and continue with --resume"
-    )
+    opened = open_shards(shards)
+    explain_bus_errors_of(opened.root)
+    trainer = Trainer(config, opened, out, console)
     try:
         done = trainer.resume() if has_run and resume else 0
-        placement = trainer.placement
+        placement, choice = trainer.placement, trainer.loader_choice
         console.print(
             f"{config.loss.name} with {config.model.arch} on {config.dataset} ({int(trainer.train_counts_K.sum()):,} training images, "
-            f"{len(trainer.train_counts_K)} classes); loader {trainer.loader_choice.name} ({trainer.loader_choice.reason}); "
+            f"{len(trainer.train_counts_K)} classes); loader {choice.name} ({'as before' if done else choice.reason}); "
             f"{placement.device}, {placement.precision}" + (f"; continuing after epoch {done}" if done else ""),
             highlight=False,
             soft_wrap=True,
         )
+        if choice.name in MADE_UP_PIXELS:
+            console.print(f"loader '{choice.name}' is for measuring: its pixels are not those of the labels, so accuracies mean nothing")
         result = trainer.fit()
     except KeyboardInterrupt:
         console.print(
@@ -157,7 +157,8 @@ def evaluate_run(
     from bce3s.train import load_run
     from pipelines.config import require_choice
     from pipelines.format import open_shards
-    from pipelines.loaders import build_loader
+    from pipelines.format.bus_error import explain_bus_errors_of
+    from pipelines.loaders import MADE_UP_PIXELS, build_loader
     from pipelines.store import is_remote
 
     require_choice("split", split, ("val", "test"))
@@ -171,8 +172,10 @@ def evaluate_run(
     opened = open_shards(location)
     require_same_data(state, path, opened.dataset, opened.fingerprint, opened.root)
     config, placement, model = load_run(state, device)
-    # What a run was trained from a folder with cannot stream; "auto" finds what can.
-    data_config = config.data if isinstance(opened.root, Path) else replace(config.data, loader="auto")
+    # What a run was trained from a folder with cannot stream, or has no pixels of the images; "auto" finds what does.
+    other = not isinstance(opened.root, Path) or config.data.loader in MADE_UP_PIXELS
+    data_config = replace(config.data, loader="auto") if other else config.data
+    explain_bus_errors_of(opened.root)
     data = build_loader(opened, split, data_config, seed=config.seed, device=placement.device)
     console = Console(stderr=json_output)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -55,7 +55,7 @@ class TrainingProgress:
     def show_rates(self, images_per_s: float, data_wait_share: float, terms: dict[str, float]) -> None:
         """Means since the last call."""
         losses = " ".join(f"{name} {terms[name]:.2f}" for name in SHOWN_TERMS if name in terms)
-        self._progress.update(self._task, rates=f"{images_per_s:.0f} images/s, data wait {data_wait_share:.0%}, {losses}")
+        self._progress.update(self._task, rates=f"{images_per_s:.0f} source images/s, data wait {data_wait_share:.0%}, {losses}")
 
     @contextmanager
     def activity(self, text: str, num_steps: int) -> Iterator[Callable[[], None]]:
@@ -68,7 +68,7 @@ class TrainingProgress:
 
     def show_epoch(self, epoch: int, line: dict[str, Any], accuracy: Accuracy | None) -> None:
         """A line that stays, above the bar."""
-        parts = [f"epoch {epoch + 1:>3}/{self._epochs}", f"loss {line['total']:.3f}", f"{line['images_per_s']:.0f} images/s"]
+        parts = [f"epoch {epoch + 1:>3}/{self._epochs}", f"loss {line['total']:.3f}", f"{line['images_per_s']:.0f} source images/s"]
         parts.append(f"data wait {line['data_wait_share']:.0%}")
         if accuracy is not None:
             parts += [f"{name} {format_percent(value)}" for name, value in accuracy.headline().items() if name != "balanced"]

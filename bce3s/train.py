@@ -6,10 +6,12 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -28,7 +30,7 @@ from bce3s.throughput.waits import DataWaits, Occupancy, binding_sentence
 from pipelines.durable import write_atomically
 from pipelines.format import ShardSet
 from pipelines.loaders import PlannedLoader, build_loader, choose_loader
-from pipelines.types import ConfigError, UserError
+from pipelines.types import BackendError, Batch, ConfigError, UserError
 
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last.pt", "best.pt"
 # Settings that may differ between a run and its continuation: they change where or how it runs, not what it computes.
@@ -127,11 +129,14 @@ class Trainer:
         if not self.report_split:
             raise ConfigError(f"{shards.root} has neither test nor val images to evaluate on; make shards that have")
         self.selection_split = "val" if shards.num_samples("val") else self.report_split
-        self.model = build_model(config, len(shards.class_names), self.placement)
-        self.loss = build_loss(config.loss, torch.from_numpy(self.train_counts_K).to(self.placement.device))
-        self.step = TrainStep(self.model, self.loss, config, self.placement)
-        with console.status("opening shards"):
-            self.loaders = {split: self._loader(split) for split in dict.fromkeys(("train", self.selection_split, self.report_split))}
+        try:
+            self.model = build_model(config, len(shards.class_names), self.placement)
+            self.loss = build_loss(config.loss, torch.from_numpy(self.train_counts_K).to(self.placement.device))
+            self.step = TrainStep(self.model, self.loss, config, self.placement)
+            with console.status("opening shards"):
+                self.loaders = {split: self._loader(split) for split in dict.fromkeys(("train", self.selection_split, self.report_split))}
+        except torch.OutOfMemoryError:
+            raise self._too_large() from None
         self.state = RunState()
         self._said_data_binds = False
 
@@ -151,10 +156,14 @@ class Trainer:
                 f"cannot write to {self.out}: {error.strerror or error}; mend that, then add --resume to continue"
             ) from error
         except torch.OutOfMemoryError:
-            batch_size = self.config.data.batch_size
-            raise TrainingError(
-                f"{self.placement.device} ran out of memory at batch size {batch_size}; take a smaller --batch-size"
-            ) from None
+            raise self._too_large() from None
+
+    def _too_large(self) -> TrainingError:
+        config = self.config.data
+        other = ", or --loader dali, which keeps no images there" if config.loader == "resident" else ""
+        return TrainingError(
+            f"{self.placement.device} ran out of memory at batch size {config.batch_size}; take a smaller --batch-size{other}"
+        )
 
     def _fit(self) -> RunResult:
         first_epoch = self.state.epochs_done
@@ -195,7 +204,7 @@ class Trainer:
         started_s = logged_s = time.perf_counter()
         num_images = logged_images = 0
         num_steps = self.loaders["train"].num_steps
-        waits = DataWaits(self.loaders["train"].epoch(epoch), self.placement.device)
+        waits = DataWaits(self._batches(epoch), self.placement.device)
         for batch in waits:
             means.add(self.step(batch, num_steps))
             num_images += batch.num_sources
@@ -212,11 +221,20 @@ class Trainer:
         self._say_if_data_binds(occupancy)
         return {"epoch": epoch, "images_per_s": num_images / elapsed_s, "train_s": elapsed_s, **asdict(occupancy), **values}
 
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        """The loader's; what it cannot read or write is not the run folder's fault."""
+        try:
+            yield from self.loaders["train"].epoch(epoch)
+        except OSError as error:
+            raise BackendError(f"loader '{self.loader_choice.name}' failed: {error}; mend that, then add --resume to continue") from error
+
     def _say_if_data_binds(self, occupancy: Occupancy) -> None:
         """Once a run: an epoch that waited for data is explained; later ones would only repeat it."""
         if self._said_data_binds:
             return
-        sentence = binding_sentence(occupancy, self.loader_choice)
+        split = self.shards.split("train")
+        stored_side = float(np.median(np.minimum(split.heights_N, split.widths_N)))
+        sentence = binding_sentence(occupancy, self.loader_choice, self.config.data, stored_side)
         if sentence:
             self._said_data_binds = True
             self.console.print(sentence, highlight=False, soft_wrap=True)

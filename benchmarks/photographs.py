@@ -21,13 +21,14 @@ def photographs(folder: Path) -> list[Path]:
 
 
 def link_photographs(images: Path, folder: Path, repeats: int) -> list[str]:
-    """A folder data set of one class made of links to `images`, each `repeats` times in train; returns the train paths."""
+    """A folder data set of two classes made of links to `images`, each `repeats` times in train; returns the train paths."""
     paths = []
     for split, count in (("train", repeats), ("val", 1), ("test", 1)):
-        (folder / split / "photo").mkdir(parents=True)
+        for name in ("even", "odd"):
+            (folder / split / name).mkdir(parents=True)
         for repeat in range(count):
-            for source in photographs(images):
-                link = folder / split / "photo" / f"{repeat:03d}-{source.name}"
+            for number, source in enumerate(photographs(images)):
+                link = folder / split / ("odd" if number % 2 else "even") / f"{repeat:03d}-{source.name}"
                 link.symlink_to(source.resolve())
                 paths += [str(link)] if split == "train" else []
     return paths

@@ -97,10 +97,12 @@ def _profile(
     from bce3s.throughput.timing import Budget
     from bce3s.throughput.verdict import judge
     from bce3s.throughput.workload import Workload
+    from pipelines.format.bus_error import explain_bus_errors_of
 
     console = Console()
     load_average, budget = getloadavg()[0], Budget(repeats=repeats, seconds=seconds)
     workload = Workload(config, shards)
+    explain_bus_errors_of(workload.shards.root)
     compiled = workload.device.type == "cuda" if compiled is None else compiled
     with console.status("") if console.is_terminal else nullcontext() as status:
 

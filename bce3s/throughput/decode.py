@@ -32,8 +32,7 @@ class DecodeStream:
     """
 
     def __init__(self, workload: Workload, device: torch.device, num_threads: int, decode: str, load: float | None = None) -> None:
-        from nvidia.dali import fn, types
-
+        from pipelines.loaders.dali_package import fn, types
         from pipelines.loaders.dali_pipeline import ScheduledPipeline, new_pipeline
         from pipelines.loaders.damage import explain_failure, tiny_jpeg
         from pipelines.loaders.decoder_options import decoder_options
@@ -43,7 +42,7 @@ class DecodeStream:
         self._workload, self._region = workload, decode == "region"
 
         def define() -> Any:
-            pipeline = new_pipeline(request.max_samples, device, num_threads, depth)
+            pipeline = new_pipeline(request.max_samples, device, num_threads or request.num_threads, depth)
             with pipeline:
                 outputs = fn.external_source(name="encoded", device="cpu", no_copy=True, dtype=types.UINT8, ndim=1)
                 if decode == "region":

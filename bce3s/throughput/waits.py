@@ -1,18 +1,22 @@
 """How long the device stands still for data while a run trains: what the progress bar, the log and the profile show.
 
-The host's clock alone misleads on CUDA: the host runs ahead of the device, so it may wait for a batch while the device is still busy. There
-a step counts as stalled for the time that the device idled before it, at most as long as the host waited for the batch.
+The host's clock misleads on CUDA: the host runs ahead of the device, so it may wait for a batch while the device is still busy, or have a
+batch at once that the device is yet to decode. There a step counts as stalled for the time between two marks on the device's own clock: one
+behind the work before, one behind whatever the batch waits for, the loader's own kernels on the training stream included. A device that
+is still training when the batch is there passes both together.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 
+from pipelines.config import DataConfig
 from pipelines.loaders import LoaderChoice
 
 BatchT = TypeVar("BatchT")
@@ -46,14 +50,14 @@ class Wait:
         """Seconds that the device stood still; to be asked for once the device has passed this point."""
         if self.asked is None or self.got is None:
             return self.wait_s
-        return min(self.wait_s, float(self.asked.elapsed_time(self.got)) / 1e3)
+        return float(self.asked.elapsed_time(self.got)) / 1e3
 
 
-def wait_for(batches: Iterator[BatchT], device: torch.device) -> tuple[BatchT | None, Wait]:
+def wait_for(batches: Iterator[BatchT], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[BatchT | None, Wait]:
     """The next batch, None at the end, and what waiting for it cost; never makes the host wait for `device`."""
-    asked, asked_s = _mark(device), time.perf_counter()
+    asked, asked_s = _mark(device), clock()
     batch = next(batches, None)
-    wait_s = time.perf_counter() - asked_s
+    wait_s = clock() - asked_s
     return batch, Wait(wait_s, asked, _mark(device))
 
 
@@ -71,23 +75,24 @@ class DataWaits(Generic[BatchT]):
     Args:
         batches: to draw from.
         device: on which the steps run.
+        clock: of the host, in seconds.
     """
 
-    def __init__(self, batches: Iterator[BatchT], device: torch.device) -> None:
+    def __init__(self, batches: Iterator[BatchT], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         """Nothing is drawn yet."""
-        self._batches, self._device = batches, device
+        self._batches, self._device, self._clock = batches, device, clock
         self._recent: list[tuple[Wait, float]] = []
         self._sums = _Sums()
 
     def __iter__(self) -> Iterator[BatchT]:
         """The batches; the time until the next one is asked for counts as the step's."""
         while True:
-            asked_s = time.perf_counter()
-            batch, wait = wait_for(self._batches, self._device)
+            asked_s = self._clock()
+            batch, wait = wait_for(self._batches, self._device, self._clock)
             if batch is None:
                 return
             yield batch
-            self._recent.append((wait, time.perf_counter() - asked_s))
+            self._recent.append((wait, self._clock() - asked_s))
 
     def recent(self) -> Occupancy:
         """Of the steps since the last call. To be called when the host has waited for the device anyway: all events have happened then."""
@@ -123,23 +128,33 @@ class _Sums:
         return Occupancy(data_wait_share=self.stall_s / self.elapsed_s, ready_share=self.num_ready / self.num_steps)
 
 
-def binding_sentence(occupancy: Occupancy, choice: LoaderChoice) -> str | None:
-    """One line with the knob to turn if data binds in an epoch; None if it does not."""
+def binding_sentence(occupancy: Occupancy, choice: LoaderChoice, config: DataConfig, stored_side: float) -> str | None:
+    """One line with the knob to turn if data binds in an epoch; None if it does not.
+
+    Args:
+        occupancy: of the epoch.
+        choice: the loader.
+        config: its settings.
+        stored_side: shorter side in pixels of the images in the shards, typically.
+    """
     if occupancy.data_wait_share < BINDING_SHARE:
         return None
-    knob = _KNOBS.get(choice.name, "take another --loader")
-    if choice.resident_fits and choice.name != "resident":
-        knob = "take --loader resident, for the decoded set fits in memory"
     return (
         f"data binds: {occupancy.data_wait_share:.0%} of the epoch went by waiting for loader '{choice.name}', "
-        f"{occupancy.ready_share:.0%} of its batches were ready; {knob}; 'bce3s profile' measures every part"
+        f"{occupancy.ready_share:.0%} of its batches were ready; {_knob(choice, config, stored_side)}; 'bce3s profile' measures every part"
     )
 
 
-_SMALLER = "raise --set data.num_threads, or make shards of smaller images with make_shards.py --min-side 256"
-_KNOBS = {
-    "dali": _SMALLER,
-    "ffcv": _SMALLER,
-    "webdataset": "raise --set data.stream.buffer_bytes, or copy the shards to a local disk and take --loader dali",
-    "resident": "lighten the augmentation, or raise --set data.num_threads",
-}
+def _knob(choice: LoaderChoice, config: DataConfig, stored_side: float) -> str:
+    num_cores, needed_side = len(os.sched_getaffinity(0)), round(config.image_size / config.augment.eval_crop)
+    if choice.streamed:
+        return "raise --set data.stream.buffer_bytes, or copy the shards to a local disk"
+    if choice.name in ("resident", "cached", "synthetic"):
+        return "nothing is decoded, so lighten the augmentation"
+    if choice.resident_fits:
+        return "take --loader resident, for the decoded set fits in memory"
+    if 0 < config.num_threads < num_cores:
+        return f"decode with all {num_cores} cores by --set data.num_threads=0"
+    if stored_side > 1.25 * needed_side:
+        return f"make shards of smaller images with make_shards.py --min-side {needed_side}"
+    return "decoding needs more cores, or a GPU that decodes"

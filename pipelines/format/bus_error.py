@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import signal
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -39,3 +40,12 @@ def explain_bus_errors(sentence: str) -> None:
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     libc.signal(int(signal.SIGBUS), compiled.address)
+
+
+def explain_bus_errors_of(root: Path | str) -> None:
+    """`explain_bus_errors` for whatever reads the shards in folder `root`; of shards at a URL nothing is mapped."""
+    if isinstance(root, Path):
+        explain_bus_errors(
+            f"a shard of {root}, or a decoded set kept for it (data.resident.cache), was cut short or its disk failed while it was read; "
+            f"run 'python tools/verify_shards.py {root}', mend or remove what is damaged, and start again; training continues with --resume"
+        )

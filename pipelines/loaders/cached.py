@@ -7,8 +7,11 @@ network noise, this one shows it photographs, so that what depends on their stat
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from importlib import import_module
+from itertools import chain
 
 import torch
 
@@ -53,23 +56,48 @@ class CachedPixels:
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
         """Decodes a batch for its plan as long as fewer than 8 kept ones are as large; then takes the next kept one, cut to size."""
-        for plan in plans:
-            large_enough = [images for images in self._kept if len(images) >= len(plan.ids_S)]
-            if len(large_enough) < KEPT_BATCHES:
-                yield plan, self._decode(plan)
+        plans = iter(plans)
+        for first in plans:
+            shown: deque[BatchPlan] = deque()
+            if self._is_wanted(first, ()):
+                yield from self._decode(chain([first], plans), shown)
             else:
+                shown.append(first)
+            for plan in shown:
+                large_enough = [images for images in self._kept if len(images) >= len(plan.ids_S)]
                 self._num_shown += 1
                 yield plan, large_enough[self._num_shown % KEPT_BATCHES][: len(plan.ids_S)]
 
-    def _decode(self, plan: BatchPlan) -> torch.Tensor:
-        assert self._real is not None, "no batch is larger than those that were kept"
-        stream = self._real.stream(iter([plan]))
-        ((_, images_SHWC),) = stream
-        self._kept.append(images_SHWC.clone())
-        if sum(len(images) == self._max_samples for images in self._kept) == KEPT_BATCHES:
-            self._real.close()
-            self._real = None
-        return images_SHWC
+    def _is_wanted(self, plan: BatchPlan, in_flight: Iterable[int]) -> bool:
+        """Whether fewer than 8 batches as large as `plan` are kept, counting the sizes of those that are being decoded."""
+        return sum(size >= len(plan.ids_S) for size in (*map(len, self._kept), *in_flight)) < KEPT_BATCHES
+
+    def _decode(self, plans: Iterator[BatchPlan], shown: deque[BatchPlan]) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
+        """Decodes and keeps batches up to a plan that needs none, which goes to `shown` if the real source asked for it.
+
+        One stream for all of them: each new one would fetch its shards and fill its pipeline anew.
+        """
+        real = self._real
+        assert real is not None, "no batch is larger than those that were kept"
+        in_flight: deque[int] = deque()  # sizes
+
+        def wanted() -> Iterator[BatchPlan]:
+            for plan in plans:
+                if not self._is_wanted(plan, in_flight):
+                    shown.append(plan)
+                    return
+                in_flight.append(len(plan.ids_S))
+                yield plan
+
+        with closing(real.stream(wanted())) as stream:
+            for plan, images_SHWC in stream:
+                in_flight.popleft()
+                self._kept.append(images_SHWC.clone())
+                if sum(len(images) == self._max_samples for images in self._kept) == KEPT_BATCHES:
+                    stream.close()
+                    real.close()
+                    self._real = None
+                yield plan, images_SHWC
 
     def close(self) -> None:
         """Frees the kept batches, and the real source if it is still open."""

@@ -14,7 +14,7 @@ from pipelines.loaders.resident_size import GIB, free_host_bytes, resident_bytes
 from pipelines.types import SPLITS
 
 # The network, its gradients and activations need the rest of a GPU; on a host, so do the page cache and other processes.
-_SHARE_OF_DEVICE, _SHARE_OF_HOST = 0.5, 0.5
+_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,32 +25,43 @@ class LoaderChoice:
         name: of `LOADERS`.
         reason: why, in a few words for people.
         resident_fits: whether loader `resident` would have room for all splits.
+        streamed: whether the shards lie at a URL.
     """
 
     name: str
     reason: str
-    resident_fits: bool
+    resident_fits: bool = False
+    streamed: bool = False
 
 
 def choose_loader(config: DataConfig, shards: ShardSet, device: torch.device) -> LoaderChoice:
     """Resolves `config.loader`, a name of `LOADERS` or "auto".
 
-    Streamed shards can only be streamed. A decoded set that fits is kept: nothing is faster. Else DALI decodes, on the GPU where there is
-    one; where DALI is missing FFCV does, if the shards have betons.
+    Streamed shards can only be streamed. Where DALI is missing FFCV decodes, if the shards have betons. A decoded set that fits is kept:
+    nothing is faster. Else DALI decodes, on the GPU where there is one.
     """
     if is_streamed(shards):
-        return LoaderChoice(name="webdataset" if config.loader == "auto" else config.loader, reason="shards at a URL", resident_fits=False)
+        asked = config.loader != "auto"
+        return LoaderChoice(name=config.loader if asked else "webdataset", reason="as configured" if asked else "a URL", streamed=True)
     needed, room = decoded_bytes(shards, config), free_bytes(device)
-    fits = needed <= room * (_SHARE_OF_DEVICE if device.type == "cuda" else _SHARE_OF_HOST)
+    fits = needed <= room * _SHARE
     if config.loader != "auto":
-        return LoaderChoice(name=config.loader, reason="asked for", resident_fits=fits)
-    size = f"decoded, the set has {needed / GIB:.1f} GiB" if needed >= GIB / 10 else f"decoded, the set has {needed / (1 << 20):.0f} MiB"
-    free = f"of {room / GIB:.0f} GiB free on {'the host' if device.type == 'cpu' else device}"
+        return LoaderChoice(name=config.loader, reason="as configured", resident_fits=fits)
+    if not is_installed("nvidia.dali") and is_installed("ffcv") and "beton" in shards.manifest["splits"]["train"]:
+        return LoaderChoice(name="ffcv", reason="DALI is not installed", resident_fits=fits)
+    size = f"{needed / GIB:.1f} GiB" if needed >= GIB / 10 else f"{needed / (1 << 20):.0f} MiB"
+    place = f"half of the {room / GIB:.0f} GiB free on {'the host' if device.type == 'cpu' else device}"
     if fits:
-        return LoaderChoice(name="resident", reason=f"{size}, {free}", resident_fits=True)
-    if find_spec("nvidia.dali") is None and find_spec("ffcv") is not None and "beton" in shards.manifest["splits"]["train"]:
-        return LoaderChoice(name="ffcv", reason=f"{size}, too much {free}; DALI is not installed", resident_fits=False)
-    return LoaderChoice(name="dali", reason=f"{size}, too much {free}", resident_fits=False)
+        return LoaderChoice(name="resident", reason=f"the decoded set takes {size}, less than {place}", resident_fits=True)
+    return LoaderChoice(name="dali", reason=f"the decoded set takes {size}, more than {place}")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be found, without importing more than what it lies in."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def is_streamed(shards: ShardSet) -> bool:

@@ -6,29 +6,28 @@ of a step are one DALI batch. Crops and flips come with the plan, so DALI draws 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterator
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
 
 from pipelines.format.reader import ByteArray
 from pipelines.format.touch import read_ahead
+from pipelines.loaders.dali_package import fn, types
 from pipelines.loaders.dali_pipeline import Feed, ScheduledPipeline, new_pipeline
 from pipelines.loaders.damage import SampleGuard, explain_failure, tiny_jpeg
 from pipelines.loaders.decoder_options import decoder_options
-from pipelines.loaders.plan import BatchPlan
+from pipelines.loaders.plan import BatchPlan, reading_ahead
 from pipelines.loaders.planned import PixelRequest, PixelSource
-from pipelines.types import UserError
+from pipelines.types import IntArray, UserError
 
 
 def _define(request: PixelRequest) -> Any:
     """The graph: encoded bytes + window + flip → uint8 [S, image_size, image_size, 3]."""
     config = request.config
-    pipeline = new_pipeline(request.max_samples, request.device, config.num_threads, config.prefetch_batches)
+    pipeline = new_pipeline(request.max_samples, request.device, request.num_threads, config.prefetch_batches)
     with pipeline:
         encoded = fn.external_source(name="encoded", device="cpu", no_copy=True, dtype=types.UINT8, ndim=1)
         window = fn.external_source(name="window", device="cpu", dtype=types.INT32, ndim=1)
@@ -79,11 +78,29 @@ class DaliDecoder:
         return self._pipeline.run((plan, _feed_of(plan, encoded)) for plan, encoded in items)
 
     def _explain(self, error: RuntimeError, in_flight: list[BatchPlan]) -> UserError:
-        return explain_failure(error, self._request.split, np.unique(np.concatenate([plan.ids_S for plan in in_flight])))
+        return explain_dali(error, self._request, np.unique(np.concatenate([plan.ids_S for plan in in_flight])))
 
     def close(self) -> None:
         """Frees DALI's threads and buffers."""
         self._pipeline.close()
+
+
+def explain_dali(error: RuntimeError, request: PixelRequest, ids: IntArray) -> UserError:
+    """`explain_failure`, which asks DALI about each of int64 `ids` alone where Pillow decodes them all."""
+
+    def decodes(encoded: ByteArray) -> bool:
+        pipeline = new_pipeline(1, request.device, 1, 1)
+        with pipeline:
+            images = fn.external_source(name="encoded", device="cpu", dtype=types.UINT8, ndim=1)
+            pipeline.set_outputs(fn.decoders.image(images, **decoder_options(request)))
+        try:
+            pipeline.feed_input("encoded", [encoded])
+            pipeline.run()
+        except RuntimeError:
+            return False
+        return True
+
+    return explain_failure(error, request.split, ids, decodes)
 
 
 def take_tensor(outputs: tuple[Any, ...]) -> torch.Tensor:
@@ -113,16 +130,10 @@ class DaliPixels:
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
         """Keeps `prefetch_batches` iterations in flight, and the pages of as many more on their way from the disk."""
-        return self._decoder.stream(self._whole(self._read_ahead(plans)))
+        return self._decoder.stream(self._whole(reading_ahead(plans, self._lead, self._advise)))
 
-    def _read_ahead(self, plans: Iterator[BatchPlan]) -> Iterator[BatchPlan]:
-        coming: deque[BatchPlan] = deque()
-        for plan in plans:
-            read_ahead(self._split.addresses(plan.ids_S), self._split.sizes_N[plan.ids_S])
-            coming.append(plan)
-            if len(coming) > self._lead:
-                yield coming.popleft()
-        yield from coming
+    def _advise(self, plan: BatchPlan) -> None:
+        read_ahead(self._split.addresses(plan.ids_S), self._split.sizes_N[plan.ids_S])
 
     def _whole(self, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, list[ByteArray]]]:
         for plan in plans:

@@ -10,10 +10,12 @@ afterwards:
 
 from __future__ import annotations
 
+import os
 import resource
 import tempfile
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,16 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
 
 from pipelines.augment.pixel_ops import upload
 from pipelines.format.reader import ShardSplit
-from pipelines.loaders.dali import crop_encoded, take_tensor
+from pipelines.loaders.dali import crop_encoded, explain_dali, take_tensor
+from pipelines.loaders.dali_package import fn, types
 from pipelines.loaders.dali_pipeline import new_pipeline
-from pipelines.loaders.damage import SampleGuard, explain_failure
+from pipelines.loaders.damage import SampleGuard
 from pipelines.loaders.plan import BatchPlan
 from pipelines.loaders.planned import PixelRequest
-from pipelines.types import IntArray
+from pipelines.types import BackendError, IntArray, ShardError
 
 SEGMENT_SAMPLES = 1 << 16  # about a third of a second to parse
 _OPEN_FILES_SHARE = 4  # pairs may take this part of the files a process may open; two pipelines live at once
@@ -63,8 +65,14 @@ class IndexPixels:
         self._segment_steps = max(steps, 1)
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
-        """Reads segment after segment; the next one's pipeline is built by a thread meanwhile."""
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as builder:
+        """Reads segment after segment; the next one's pipeline is built by a thread meanwhile.
+
+        Raises:
+            DamagedSampleError: samples do not decode.
+            ShardError: a shard was removed, for DALI opens them by their paths with every segment.
+            BackendError: the temporary folder takes no index files, or DALI failed for another reason.
+        """
+        with _index_folder() as folder, ThreadPoolExecutor(1) as builder:
             coming = self._next(builder, Path(folder) / "0", plans)
             number = 0
             while coming is not None:
@@ -82,16 +90,20 @@ class IndexPixels:
         request, split = self._request, self._request.split
         places = [np.argsort(split.shards_N[plan.ids_S], kind="stable") for plan in plans]
         ids = [_filled(plan.ids_S[place], request.max_samples) for plan, place in zip(plans, places, strict=True)]
-        folder.mkdir()
-        paths, index_paths = write_indexes(split, np.concatenate(ids), folder)
+        try:
+            folder.mkdir()
+            paths, index_paths = write_indexes(split, np.concatenate(ids), folder)
+        except OSError as error:
+            raise _cannot_write(error) from error
         config = request.config
-        pipeline = new_pipeline(request.max_samples, request.device, config.num_threads, config.prefetch_batches)
+        pipeline = new_pipeline(request.max_samples, request.device, request.num_threads, config.prefetch_batches)
         with pipeline:
             encoded = fn.readers.webdataset(paths=paths, index_paths=index_paths, ext=["jpg"], missing_component_behavior="error")
             window = fn.external_source(name="window", device="cpu", dtype=types.INT32, ndim=1)
             flip = fn.external_source(name="flip", device="cpu", dtype=types.INT32, ndim=0)
             pipeline.set_outputs(crop_encoded(request, encoded, window, flip))
-        pipeline.build()
+        with self._explained([]):
+            pipeline.build()
         return _Segment(plans, places, pipeline)
 
     def _read(self, segment: _Segment) -> Generator[tuple[BatchPlan, torch.Tensor], None, None]:
@@ -102,13 +114,15 @@ class IndexPixels:
         for plan, place in (steps * depth)[:depth]:  # repeated where the segment is shorter
             self._feed(pipeline, plan, place)
             fed += 1
-        pipeline.schedule_run()
+        with self._explained(segment.plans[:fed]):
+            pipeline.schedule_run()
         for number, (plan, place) in enumerate(steps):
             images = self._collect(pipeline, segment.plans[number:fed])
             if fed < len(steps):
                 self._feed(pipeline, *steps[fed])
-                pipeline.schedule_run()
                 fed += 1
+                with self._explained(segment.plans[number + 1 : fed]):
+                    pipeline.schedule_run()
             yield plan, self._in_order(images, place)
 
     def _feed(self, pipeline: Any, plan: BatchPlan, place: IntArray) -> None:
@@ -119,13 +133,29 @@ class IndexPixels:
 
     def _collect(self, pipeline: Any, in_flight: list[BatchPlan]) -> torch.Tensor:
         device = self._request.device
-        try:
+        with self._explained(in_flight):
             outputs = pipeline.share_outputs(torch.cuda.current_stream(device) if device.type == "cuda" else None)
-        except RuntimeError as error:
-            raise explain_failure(error, self._request.split, np.unique(np.concatenate([plan.ids_S for plan in in_flight]))) from error
         images = take_tensor(outputs)
         pipeline.release_outputs()
         return images
+
+    @contextmanager
+    def _explained(self, in_flight: list[BatchPlan]) -> Iterator[None]:
+        """Makes DALI's error the user's; it says neither which file nor which sample it is about."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._removed() or explain_dali(error, self._request, _ids_of(in_flight)) from error
+
+    def _removed(self) -> ShardError | None:
+        for path in self._request.split.paths:
+            try:
+                path.stat()  # opens nothing: files a process may open can be what is missing
+            except OSError as error:
+                return ShardError(
+                    f"shard {path} was removed while it was read ({error.strerror}); copy it there again and continue with --resume"
+                )
+        return None
 
     def _in_order(self, images: torch.Tensor, place: IntArray) -> torch.Tensor:
         images = images[: len(place)]
@@ -135,6 +165,29 @@ class IndexPixels:
 
     def close(self) -> None:
         """Nothing outlives a stream."""
+
+
+@contextmanager
+def _index_folder() -> Iterator[str]:
+    try:
+        # Cleaning up needs open files itself: where none can be had, that must not hide the reason.
+        folder = tempfile.TemporaryDirectory(prefix="bce3s-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _cannot_write(error) from error
+    with folder as path:
+        yield path
+
+
+def _cannot_write(error: OSError) -> BackendError:
+    folder = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")
+    return BackendError(
+        f"cannot write index files for DALI to the temporary folder {folder} ({error.strerror or error}): "
+        "free room there, set TMPDIR to another folder, or take --set data.dali.feed=memory, which writes none"
+    )
+
+
+def _ids_of(plans: list[BatchPlan]) -> IntArray:
+    return np.unique(np.concatenate([np.empty(0, np.int64), *(plan.ids_S for plan in plans)]))
 
 
 def _filled(rows: np.ndarray, size: int) -> np.ndarray:

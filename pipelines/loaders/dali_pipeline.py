@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from os import cpu_count
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from pipelines.types import BackendError, UserError
-
-try:
-    from nvidia.dali import Pipeline
-except ImportError as error:
-    raise BackendError(
-        f"loader 'dali' needs NVIDIA DALI, which cannot be imported here ({error}); "
-        "run 'pip install nvidia-dali-cuda130' or take --loader ffcv"
-    ) from error
+from pipelines.loaders.dali_package import Pipeline
+from pipelines.types import UserError
 
 Feed = dict[str, Any]
 ItemT = TypeVar("ItemT")
@@ -25,10 +17,10 @@ ResultT = TypeVar("ResultT")
 
 
 def new_pipeline(max_samples: int, device: torch.device, num_threads: int, prefetch_batches: int) -> Any:
-    """An empty DALI pipeline on `device`; `num_threads` 0 is one per core."""
+    """An empty DALI pipeline on `device`."""
     return Pipeline(
         batch_size=max_samples,
-        num_threads=num_threads or cpu_count() or 1,
+        num_threads=num_threads,
         device_id=(device.index or 0) if device.type == "cuda" else None,
         prefetch_queue_depth=prefetch_batches,
         exec_dynamic=True,
@@ -83,10 +75,11 @@ class ScheduledPipeline(Generic[ItemT, ResultT]):
         try:
             outputs = self._pipeline.share_outputs(torch.cuda.current_stream(device) if device.type == "cuda" else None)
         except RuntimeError as error:
-            failed = [item for item, _ in in_flight]
-            in_flight.clear()
             self._pipeline = None
-            raise self._explain(error, failed) from error
+            try:
+                raise self._explain(error, [item for item, _ in in_flight]) from error
+            finally:
+                in_flight.clear()  # not before: the feeds keep alive what the explanation looks at
         result = self._take(outputs)
         self._pipeline.release_outputs()
         return in_flight.popleft()[0], result

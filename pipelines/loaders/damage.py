@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.format.reader import ByteArray, ShardSplit
 from pipelines.format.touch import have_ends
 from pipelines.types import BackendError, DamagedSampleError, IntArray, ShardError, UserError
 
+Decodes = Callable[[ByteArray], bool]
 _ADVICE = "the shard is damaged: copy it again or make the shards again"
 
 
@@ -49,26 +52,45 @@ class SampleGuard:
 
 def damaged_samples(split: ShardSplit, ids: IntArray) -> DamagedSampleError:
     """The error that names the first five of int64 `ids`."""
-    return DamagedSampleError(f"{', '.join(split.describe(int(i)) for i in ids[:5])} does not decode; {_ADVICE}", ids)
+    return DamagedSampleError(damage_sentence([split.describe(int(i)) for i in ids[:5]], len(ids), _ADVICE), ids)
 
 
-def undecodable(split: ShardSplit, ids: IntArray) -> IntArray:
-    """Those of int64 `ids` that Pillow cannot decode."""
-    return np.array([i for i, encoded in zip(ids.tolist(), split.encoded(ids), strict=True) if not _decodes(encoded)], np.int64)
+def damage_sentence(named: list[str], count: int, advice: str) -> str:
+    """What is wrong with `count` samples, of which some are named, and what to do."""
+    others = f" and {count - len(named)} more" if count > len(named) else ""
+    return f"{', '.join(named)}{others} {'does' if count == 1 else 'do'} not decode; {advice}"
 
 
-def _decodes(encoded: ByteArray) -> bool:
+def undecodable(split: ShardSplit, ids: IntArray, decodes: Decodes | None = None) -> IntArray:
+    """Those of int64 `ids` that Pillow cannot decode to the size the index says; where it can decode all, those that `decodes` cannot."""
+    images = list(zip(ids.tolist(), split.encoded(ids), strict=True))
+    damaged = [i for i, encoded in images if pillow_pixels(encoded, int(split.heights_N[i]), int(split.widths_N[i])) is None]
+    if decodes is not None and not damaged:
+        damaged = [i for i, encoded in images if not decodes(encoded)]
+    return np.array(damaged, np.int64)
+
+
+def pillow_pixels(encoded: ByteArray, height: int, width: int) -> NDArray[np.uint8] | None:
+    """uint8 [height, width, 3]; None if it does not decode to that size."""
     try:
         with Image.open(io.BytesIO(encoded.tobytes())) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError):
-        return False
-    return True
+            if image.size != (width, height):
+                return None  # a damaged header can ask for gigabytes
+            return np.asarray(image.convert("RGB"))
+    except Exception:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, DecompressionBombError and more
+        return None
 
 
-def explain_failure(error: RuntimeError, split: ShardSplit, ids: IntArray) -> UserError:
-    """The user's error for DALI's, which does not say which sample failed: those of `ids` that do not decode on the host are named."""
-    damaged = undecodable(split, ids)
+def explain_failure(error: RuntimeError, split: ShardSplit, ids: IntArray, decodes: Decodes | None = None) -> UserError:
+    """The user's error for DALI's, which does not say which sample failed: those of `ids` that do not decode are named.
+
+    Args:
+        error: DALI's.
+        split: of the samples.
+        ids: int64, of those in flight.
+        decodes: asked where Pillow decodes all of them, because decoders differ in what they tolerate.
+    """
+    damaged = undecodable(split, ids, decodes)
     if len(damaged):
         return damaged_samples(split, damaged)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import types
 
 from pipelines.durable import write_atomically
+from pipelines.loaders.dali_package import types
 from pipelines.loaders.planned import PixelRequest
 
 # Sizes to allocate for in advance: larger images exist (ImageNet has one of 9,331 px), but they are too rare to hold memory for.

@@ -7,10 +7,8 @@ is done by FFCV's C library (ffcv_kernel.py). JPEG is decoded whole and on the C
 
 from __future__ import annotations
 
-import io
 import threading
 import warnings
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,14 +20,14 @@ import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.format.ffcv_package import import_ffcv
 from pipelines.format.reader import ByteArray
 from pipelines.format.touch import read_ahead
+from pipelines.loaders.damage import damage_sentence, pillow_pixels
 from pipelines.loaders.ffcv_beton import Beton, open_beton
 from pipelines.loaders.ffcv_kernel import decode_crops
-from pipelines.loaders.plan import BatchPlan
+from pipelines.loaders.plan import BatchPlan, reading_ahead
 from pipelines.loaders.planned import PixelRequest
 from pipelines.types import DamagedSampleError, IntArray
 
@@ -86,27 +84,18 @@ def _decode(beton: Beton, content: ByteArray, plan: BatchPlan, images_SHWC: NDAr
     for i in np.flatnonzero(complaints_S).tolist():
         # libjpeg also complains of images that are whole, of bytes between two segments for example. Pillow tells them apart.
         one = slice(i, i + 1)
-        pixels = _pillow_pixels(content[starts_S[i] : starts_S[i] + sizes_S[i]], int(heights_S[i]), int(widths_S[i]))
-        if pixels is None:
+        pixels_HWC = pillow_pixels(content[starts_S[i] : starts_S[i] + sizes_S[i]], int(heights_S[i]), int(widths_S[i]))
+        if pixels_HWC is None:
             damaged.append(int(ids_S[i]))
             continue
+        pixels = pixels_HWC.reshape(-1)
         place = np.zeros(1, np.int64), np.array([len(pixels)]), np.zeros(1, np.bool_)
         with _DECODING:
             decode_crops(pixels, *place, heights_S[one], widths_S[one], plan.windows_S4[one], plan.flips_S[one], images_SHWC[one])
     if damaged:
         unique = np.unique(np.array(damaged, np.int64))
-        named = ", ".join(f"sample {sample_id:08d}" for sample_id in unique[:5].tolist())
-        raise DamagedSampleError(f"{named} of {beton.path} does not decode; {beton.advice}", unique)
-
-
-def _pillow_pixels(encoded: ByteArray, height: int, width: int) -> ByteArray | None:
-    """uint8 [height · width · 3]; None if it does not decode to that size."""
-    try:
-        with Image.open(io.BytesIO(encoded.tobytes())) as image:
-            pixels_HWC = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError):
-        return None
-    return pixels_HWC.reshape(-1) if pixels_HWC.shape[:2] == (height, width) else None
+        named = [f"sample {sample_id:08d} of {beton.path}" for sample_id in unique[:5].tolist()]
+        raise DamagedSampleError(damage_sentence(named, len(unique), beton.advice), unique)
 
 
 class _Ahead(_iterator.EpochIterator):  # type: ignore[misc]
@@ -230,22 +219,17 @@ class FfcvPixels:
             ShardError: the beton has become shorter.
         """
         request = self._request
-        ahead = _Ahead(self._loader, self._beton, self._read_ahead(plans), request.config.image_size, request.device)
+        plans = reading_ahead(plans, self._request.config.prefetch_batches, self._advise)
+        ahead = _Ahead(self._loader, self._beton, plans, request.config.image_size, request.device)
         try:
             while (batch := ahead.take()) is not None:
                 yield batch
         finally:
             ahead.finish()
 
-    def _read_ahead(self, plans: Iterator[BatchPlan]) -> Iterator[BatchPlan]:
-        coming: deque[BatchPlan] = deque()
-        for plan in plans:
-            self._beton.require_whole()
-            read_ahead(self._address + self._beton.starts_N[plan.ids_S], self._beton.sizes_N[plan.ids_S].astype(np.uint32))
-            coming.append(plan)
-            if len(coming) > self._request.config.prefetch_batches:
-                yield coming.popleft()
-        yield from coming
+    def _advise(self, plan: BatchPlan) -> None:
+        self._beton.require_whole()
+        read_ahead(self._address + self._beton.starts_N[plan.ids_S], self._beton.sizes_N[plan.ids_S].astype(np.uint32))
 
     def close(self) -> None:
         """Frees FFCV's tables and the mapped beton."""

@@ -6,7 +6,8 @@ resumed run continues exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -149,3 +150,14 @@ def eval_plans(
             cutout_S2=None,
             mix=None,
         )
+
+
+def reading_ahead(plans: Iterator[BatchPlan], lead: int, advise: Callable[[BatchPlan], None]) -> Iterator[BatchPlan]:
+    """The plans, `lead` of them later than they are drawn; `advise` is told each at once, so that its bytes are on their way."""
+    coming: deque[BatchPlan] = deque()
+    for plan in plans:
+        advise(plan)
+        coming.append(plan)
+        if len(coming) > lead:
+            yield coming.popleft()
+    yield from coming

@@ -6,6 +6,7 @@ order ─→ BatchPlan (host) ─→ PixelSource.stream: decode, crop, flip ─�
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,6 +46,11 @@ class PixelRequest:
         per_rank = -(-min(self.config.batch_size, len(self.split)) // self.world_size)
         return (2 if self.training else 1) * per_rank
 
+    @property
+    def num_threads(self) -> int:
+        """Decoding threads: as configured, else one for each core this process may use."""
+        return self.config.num_threads or len(os.sched_getaffinity(0))
+
 
 class PixelSource(Protocol):
     """Turns plans into pixels, in order."""
@@ -77,6 +83,15 @@ def split_geometry(split: ShardSplit, image_size: int, stored_sizes: tuple[IntAr
     sizes_N2 = np.stack([split.heights_N, split.widths_N], axis=1)
     kept_N2 = sizes_N2 if stored_sizes is None else np.stack(stored_sizes, axis=1)
     return SplitGeometry(sizes_N2=sizes_N2, kept_N2=kept_N2, image_size=image_size)
+
+
+def stand_ins(labels_N: IntArray, damaged_N: np.ndarray, usable_N: np.ndarray) -> IntArray:
+    """int64 [N]: for each damaged sample (bool [N]) the next usable one (bool [N]) of its class, −1 where it has none; else itself."""
+    stand_ins_N = np.arange(len(labels_N))
+    for label in np.unique(labels_N[damaged_N]):
+        hurt, usable = (np.flatnonzero((labels_N == label) & chosen_N) for chosen_N in (damaged_N, usable_N))
+        stand_ins_N[hurt] = usable[np.searchsorted(usable, hurt) % len(usable)] if len(usable) else -1
+    return stand_ins_N
 
 
 class PlannedLoader:
@@ -130,18 +145,13 @@ class PlannedLoader:
     def _substitute(self, error: DamagedSampleError) -> None:
         """Has the next sample of its class stand in for each damaged one, from now on: a function of the data, not of when it was found."""
         labels_N = self._request.split.labels_N
-        substitutes_N = np.arange(len(labels_N)) if self._substitutes_N is None else self._substitutes_N.copy()
-        damaged_N = substitutes_N != np.arange(len(labels_N))
+        damaged_N = np.zeros(len(labels_N), np.bool_) if self._substitutes_N is None else self._substitutes_N != np.arange(len(labels_N))
         if damaged_N[error.ids].all():
             raise error
         damaged_N[error.ids] = True
-        for label in np.unique(labels_N[error.ids]):
-            members = np.flatnonzero(labels_N == label)
-            whole = members[~damaged_N[members]]
-            if not len(whole):
-                raise error
-            hurt = members[damaged_N[members]]
-            substitutes_N[hurt] = whole[np.searchsorted(whole, hurt) % len(whole)]
+        substitutes_N = stand_ins(labels_N, damaged_N, ~damaged_N)
+        if (substitutes_N < 0).any():
+            raise error
         self._substitutes_N = substitutes_N
         _LOG.warning("%s; training goes on with another image of the class in its place", error)
 

@@ -20,7 +20,7 @@ from pipelines.loaders.plan import BatchPlan
 from pipelines.loaders.planned import PixelRequest
 from pipelines.loaders.resident_cache import CacheDraft, CacheFile, begin_draft, cache_file, exclusive, open_cached
 from pipelines.loaders.resident_crops import Crops, DeviceCrops, HostCrops, StagedCrops
-from pipelines.loaders.resident_size import GIB, fits_device, free_host_bytes, kept_side, kept_sizes, require_host_room
+from pipelines.loaders.resident_size import GIB, fits_device, free_host_bytes, kept_side, kept_sizes, largest_on_device, require_host_room
 from pipelines.types import IntArray
 
 _LOG = logging.getLogger(__name__)
@@ -61,10 +61,11 @@ class ResidentPixels:
             with contextlib.suppress(torch.OutOfMemoryError):
                 return torch.empty(needed, dtype=torch.uint8, device=device)
         _LOG.warning(
-            "'%s' decoded takes %.1f GiB, too much for %s beside a network: crops are made on the host and uploaded",
+            "'%s' decoded takes %.1f GiB, too much for %s beside a network (%s would fit): crops are made on the host and uploaded",
             self._request.split.name,
             needed / GIB,
             device,
+            f"--set data.resident.min_side={largest_on_device(self._request.split, device, self._side)}",
         )
         return None
 
@@ -82,7 +83,7 @@ class ResidentPixels:
             return self._decode(begin_draft(cache), device_P) if found is None else found
 
     def _decode(self, draft: CacheDraft | None, device_P: torch.Tensor | None) -> ByteArray | None:
-        from pipelines.loaders.resident_fill import decode_split  # needs DALI; images found on disk do not
+        from pipelines.loaders.resident_fill import decode_split  # imported here, for images found on disk need no decoder
 
         request, num_bytes = self._request, self._sizes.num_bytes
         skip = request.training and request.config.on_error == "skip"

@@ -6,7 +6,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from os import cpu_count
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,7 +52,7 @@ class CropThreads:
             sizes: of the images in it.
         """
         self.image_size = request.config.image_size
-        self._threads = request.config.num_threads or cpu_count() or 1
+        self._threads = request.num_threads
         self._stored = (pixels_P, sizes.offsets_N, sizes.heights_N, sizes.widths_N)
         self._pool = ThreadPoolExecutor(self._threads, "crop")
 

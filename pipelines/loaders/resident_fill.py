@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
-from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
 
 from pipelines.format.touch import read_ahead
+from pipelines.loaders.dali import explain_dali
+from pipelines.loaders.dali_package import ReleaseUnusedMemory, fn, types
 from pipelines.loaders.dali_pipeline import Feed, ScheduledPipeline, new_pipeline
-from pipelines.loaders.damage import SampleGuard, explain_failure, tiny_jpeg
+from pipelines.loaders.damage import SampleGuard, damaged_samples, tiny_jpeg
 from pipelines.loaders.decoder_options import decoder_options
 from pipelines.loaders.planned import PixelRequest
 from pipelines.loaders.resident_size import KeptSizes
-from pipelines.types import DamagedSampleError, IntArray, ShardError, UserError
+from pipelines.types import DamagedSampleError, IntArray, UserError
 
 # Decoded bytes of one DALI batch, about: large enough to fill the threads, small beside the set.
 _BATCH_BYTES = 64 << 20
@@ -37,8 +37,7 @@ def decode_split(request: PixelRequest, sizes: KeptSizes, put: Put, skip_damaged
         int64: ids of the images left out.
 
     Raises:
-        DamagedSampleError: an image does not decode, unless they are skipped.
-        ShardError: an image has another size than the index says.
+        DamagedSampleError: an image does not decode, or to another size than the index says, unless they are skipped.
     """
     return _SplitDecoder(request, sizes, put).run(skip_damaged)
 
@@ -53,6 +52,7 @@ class _SplitDecoder:
         self._batch_size = min(len(split), max(16, min(1024, _BATCH_BYTES // mean_bytes)))
         self._done_N = np.zeros(len(split), np.bool_)
         self._scheduled: deque[IntArray] = deque()
+        self._misshapen: list[int] = []
 
     def run(self, skip_damaged: bool) -> IntArray:
         depth = self._request.config.prefetch_batches
@@ -67,10 +67,13 @@ class _SplitDecoder:
                 try:
                     for _ in pipeline.run(self._feeds(np.flatnonzero(~(self._done_N | damaged_N)))):
                         pass
+                    if self._misshapen:
+                        raise damaged_samples(self._split, np.array(self._misshapen))
                 except DamagedSampleError as error:
                     if not skip_damaged:
                         raise
                     damaged_N[error.ids] = True
+                    self._misshapen = []
         finally:
             pipeline.close()
             ReleaseUnusedMemory()  # DALI keeps what it freed, and the network wants it
@@ -79,14 +82,15 @@ class _SplitDecoder:
 
     def _define(self) -> Any:
         request = self._request
-        pipeline = new_pipeline(self._batch_size, request.device, request.config.num_threads, request.config.prefetch_batches)
+        pipeline = new_pipeline(self._batch_size, request.device, request.num_threads, request.config.prefetch_batches)
         with pipeline:
             encoded = fn.external_source(name="encoded", device="cpu", no_copy=True, dtype=types.UINT8, ndim=1)
+            shapes = fn.peek_image_shape(encoded)
             images = fn.decoders.image(encoded, **decoder_options(request))
             if self._shrinks:
                 size = fn.external_source(name="size", device="cpu", dtype=types.FLOAT, ndim=1)
                 images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-            pipeline.set_outputs(images)
+            pipeline.set_outputs(images, shapes)
         pipeline.build()
         return pipeline
 
@@ -105,19 +109,22 @@ class _SplitDecoder:
 
     def _take(self, outputs: tuple[Any, ...]) -> None:
         """Hands the pixels on while DALI still holds them; the tiny batches of a new pipeline do not come here."""
-        (images,) = outputs
-        ids, sizes = self._scheduled.popleft(), self._sizes
-        for sample_id, shape in zip(ids.tolist(), images.shape(), strict=True):
-            expected = (int(sizes.heights_N[sample_id]), int(sizes.widths_N[sample_id]), 3)
-            if tuple(shape) != expected:
-                found = f"decodes to {shape[1]} × {shape[0]} px, the index says {expected[1]} × {expected[0]}"
-                raise ShardError(f"{self._split.describe(sample_id)} {found}; make the shards again")
-        if images.is_dense_tensor() and ids[-1] - ids[0] == len(ids) - 1:
+        images, shapes = outputs
+        ids, sizes, split = self._scheduled.popleft(), self._sizes, self._split
+        # What DALI shrinks always comes in the wanted size, so it is the size in the image's own header that tells.
+        expected = np.stack([split.heights_N[ids], split.widths_N[ids]], axis=1)
+        as_expected = (np.asarray(shapes.as_tensor())[:, :2] == expected).all(axis=1)
+        if not as_expected.all():
+            self._misshapen += ids[~as_expected].tolist()
+            ids, places = ids[as_expected], np.flatnonzero(as_expected).tolist()
+        else:
+            places = list(range(len(ids)))
+        if len(places) == len(images) and images.is_dense_tensor() and ids[-1] - ids[0] == len(ids) - 1:
             self._put(int(sizes.offsets_N[ids[0]]), torch.from_dlpack(images.as_tensor()).view(-1))
         else:
-            for place, sample_id in enumerate(ids.tolist()):
+            for place, sample_id in zip(places, ids.tolist(), strict=True):
                 self._put(int(sizes.offsets_N[sample_id]), torch.from_dlpack(images[place]).view(-1))
         self._done_N[ids] = True
 
     def _explain(self, error: RuntimeError, in_flight: list[IntArray]) -> UserError:
-        return explain_failure(error, self._split, np.concatenate(in_flight))
+        return explain_dali(error, self._request, np.concatenate(in_flight))

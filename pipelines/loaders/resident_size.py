@@ -87,6 +87,11 @@ def fits_device(num_bytes: int, device: torch.device) -> bool:
     return num_bytes <= torch.cuda.mem_get_info(device)[0] * _SHARE_OF_DEVICE
 
 
+def largest_on_device(split: ShardSplit, device: torch.device, side: int) -> int:
+    """The largest shorter side, at most `side`, with which `split` would fit on a CUDA device beside a network."""
+    return largest_side(split, int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_DEVICE), side)
+
+
 def free_host_bytes() -> int:
     """Memory this process can take without swapping: what the system has, or what its control group still allows if that is less."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

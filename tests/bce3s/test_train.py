@@ -21,6 +21,7 @@ from bce3s.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from bce3s.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bce3s.losses import LOSSES
 from bce3s.runlog import read_metrics
+from bce3s.throughput import waits
 from bce3s.train import Trainer, TrainingError, summary
 from pipelines.config import AugmentConfig, DataConfig
 from pipelines.loaders import LOADERS
@@ -100,6 +101,17 @@ def test_every_loader_trains_and_evaluates(make_shards: Any, tmp_path: Path, loa
     trainer.close()
     assert result.selection_split == "val"
     assert result.last.num_images == 20
+
+
+def test_data_that_binds_is_said_once_with_the_knob(make_shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "BINDING_SHARE", -1.0)  # so that every epoch does
+    told = console()
+    trainer = Trainer(replace(CONFIG, epochs=2), make_shards(), tmp_path / "run", told)
+    trainer.fit()
+    trainer.close()
+    assert told.file.getvalue().count("data binds: ") == 1  # type: ignore[attr-defined]
+    epochs = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "epoch"]
+    assert all(0 <= line["data_wait_share"] <= 1 and 0 <= line["ready_share"] <= 1 for line in epochs)
 
 
 def test_a_run_leaves_a_whole_record(make_shards: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.config import AugmentConfig, DataConfig
-from pipelines.format import ShardSet
+from pipelines.config import AugmentConfig, DataConfig, StreamConfig
+from pipelines.format import ShardSet, open_shards
 from pipelines.loaders import PlannedLoader, build_loader
 from pipelines.loaders.cached import KEPT_BATCHES
 from pipelines.types import Batch
+from tests.nginx import running_nginx
+from tests.pipelines.loaders.streams import CONFIG, CPU, buffer_of, order_of, stream_from, streamed_shards
 
 MakeShards = Callable[..., ShardSet]
 TRAIN = (50, 30, 12, 4)  # 96 images: 12 batches of 8
@@ -32,11 +35,10 @@ def pictures(batches: list[Batch]) -> list[bytes]:
     return [batch.images_SHWC.numpy().tobytes() for batch in batches]
 
 
-@pytest.mark.parametrize(("real", "image_size"), [("resident", 32), ("dali", 72)])
 class TestAgainstTheRealLoader:
-    def test_first_batches_are_real_and_the_others_are_these_in_turn(self, make_shards: MakeShards, real: str, image_size: int) -> None:
+    def test_first_batches_are_real_and_the_others_are_these_in_turn(self, make_shards: MakeShards) -> None:
         shards = make_shards(train=TRAIN, size=None, extension="jpg", name="folder")
-        ours, theirs = (loader_for(shards, name, image_size=image_size) for name in ("cached", real))
+        ours, theirs = (loader_for(shards, name) for name in ("cached", "dali"))
         found, expected = list(ours.epoch(0)), list(theirs.epoch(0))
         assert pictures(found[:KEPT_BATCHES]) == pictures(expected[:KEPT_BATCHES])
         found += list(ours.epoch(1))
@@ -51,8 +53,8 @@ class TestAgainstTheRealLoader:
         ours.close()
         theirs.close()
 
-    def test_nothing_is_decoded_once_enough_is_kept(self, make_shards: MakeShards, real: str, image_size: int) -> None:
-        loader = loader_for(make_shards(train=TRAIN, size=None, extension="jpg", name="folder"), image_size=image_size)
+    def test_nothing_is_decoded_once_enough_is_kept(self, make_shards: MakeShards) -> None:
+        loader = loader_for(make_shards(train=TRAIN, size=None, extension="jpg", name="folder"))
         batches = loader.epoch(0)
         list(islice(batches, KEPT_BATCHES))
         assert loader._source._real is None  # type: ignore[attr-defined]  # closed: who could decode?
@@ -89,6 +91,50 @@ def test_augmentation_after_the_loader_does_not_touch_what_is_kept(make_shards: 
     assert len(kept) == KEPT_BATCHES
     assert all(image.numpy().tobytes() in stored for images_SHWC in kept for image in images_SHWC)
     loader.close()
+
+
+class TestOverHttp:
+    def loader(self, url: str, shards: ShardSet) -> PlannedLoader:
+        config = replace(CONFIG, loader="cached", stream=StreamConfig(buffer_bytes=buffer_of(shards), patience_s=5.0))
+        return build_loader(open_shards(url), "train", config, seed=3, device=CPU)
+
+    def test_what_is_kept_costs_the_requests_of_one_stream(self, make_shards: MakeShards) -> None:
+        shards = streamed_shards(make_shards)
+        order = order_of(stream_from(shards))
+        first_steps = {use.shard for use in order.uses(0, 0) if use.first_step < KEPT_BATCHES}
+        with running_nginx(Path(shards.root)) as nginx:
+            loader = self.loader(nginx.url, shards)
+            found = list(islice(loader.epoch(0), KEPT_BATCHES))
+            asked = [request.path for request in nginx.requests() if request.path.endswith(".tar")]
+            loader.close()
+            expected = list(islice(stream_from(nginx.url).epoch(0), KEPT_BATCHES))
+        assert pictures(found) == pictures(expected)
+        assert len(asked) == len(set(asked))
+        assert len(asked) <= len(first_steps) + 4  # the buffer's, fetched ahead
+
+    def test_an_epoch_and_the_next_ask_for_nothing_else(self, make_shards: MakeShards) -> None:
+        shards = streamed_shards(make_shards)
+        with running_nginx(Path(shards.root)) as nginx:
+            loader = self.loader(nginx.url, shards)
+            list(islice(loader.epoch(0), KEPT_BATCHES))
+            asked = len(nginx.requests())
+            assert [batch.step for batch in loader.epoch(0, KEPT_BATCHES)] == list(range(KEPT_BATCHES, loader.num_steps))
+            assert len(list(loader.epoch(1))) == loader.num_steps
+            assert len(nginx.requests()) == asked
+            loader.close()
+
+    def test_a_dropped_epoch_leaves_nothing_open_and_the_next_goes_on_filling(self, make_shards: MakeShards) -> None:
+        shards = streamed_shards(make_shards)
+        with running_nginx(Path(shards.root)) as nginx:
+            loader = self.loader(nginx.url, shards)
+            dropped = loader.epoch(0)
+            first = list(islice(dropped, 3))
+            again = list(loader.epoch(0))
+            assert pictures(again[:3]) == pictures(first)
+            kept = loader._source._kept  # type: ignore[attr-defined]
+            assert [len(images) for images in kept] == [8] * KEPT_BATCHES
+            assert set(pictures(again[:-1])) == set(pictures(again[:5]))  # the last one is smaller, cut from one of them
+            loader.close()
 
 
 @pytest.mark.cuda

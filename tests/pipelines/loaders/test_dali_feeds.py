@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import resource
+import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,8 +17,9 @@ import pytest
 import torch
 
 from pipelines.config import AugmentConfig, DaliConfig, DataConfig
+from pipelines.format import ShardSet, open_shards
 from pipelines.loaders import PlannedLoader, build_loader, dali_index
-from pipelines.types import Batch
+from pipelines.types import BackendError, Batch, DamagedSampleError, ShardError
 
 RESIZED = AugmentConfig(crop="resized", area_range=(0.3, 1.0))
 
@@ -86,3 +92,112 @@ def test_a_repeated_sample_is_listed_as_often_as_it_is_drawn(make_shards: Any, t
     listed = [line.split()[1] for path in index_paths for line in Path(path).read_text().splitlines()[1:]]
     assert listed == [str(split.offsets_N[i]) for i in ids]
     assert len(paths) == len(index_paths)
+
+
+@pytest.fixture
+def copied(make_shards: Any, tmp_path: Path) -> ShardSet:
+    """Shards to be hurt."""
+    root = tmp_path / "shards"
+    shutil.copytree(make_shards(size=(48, 48), extension="jpg", shard_bytes=16 << 10).root, root)
+    return open_shards(root)
+
+
+def cut_end(image: bytes) -> bytes:
+    """The guard sees that."""
+    return image[:-40] + bytes(40)
+
+
+def overwrite_huffman_table(image: bytes) -> bytes:
+    """Beginning and end are whole: DALI alone reports it, when the sample is decoded."""
+    start = image.find(b"\xff\xc4") + 5
+    return image[:start] + b"\xff" * 16 + image[start + 16 :]
+
+
+def hurt(shards: ShardSet, sample_id: int, how: Any) -> Path:
+    split = shards.split("train")
+    path = split.paths[int(split.shards_N[sample_id])]
+    with path.open("r+b") as tar:
+        tar.seek(int(split.offsets_N[sample_id]))
+        image = tar.read(int(split.sizes_N[sample_id]))
+        tar.seek(int(split.offsets_N[sample_id]))
+        tar.write(how(image))
+    return path
+
+
+@pytest.mark.parametrize("how", [cut_end, overwrite_huffman_table])
+class TestDamagedSamplesWithTheIndexFeed:
+    def test_stop_names_the_sample_and_its_shard_in_every_epoch(self, copied: ShardSet, how: Any) -> None:
+        path = hurt(copied, 5, how)
+        loader = loader_for(copied, "index")
+        for epoch in range(2):
+            with pytest.raises(DamagedSampleError, match=rf"sample 00000005 of {re.escape(str(path))} does not decode") as found:
+                collected(loader, epoch)
+            assert found.value.ids.tolist() == [5]
+
+    @pytest.mark.parametrize("steps", [1, 3, 100])
+    def test_skip_delivers_what_the_memory_feed_delivers(
+        self, copied: ShardSet, how: Any, steps: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        hurt(copied, 5, how)
+        hurt(copied, 40, how)
+        monkeypatch.setattr(dali_index, "SEGMENT_SAMPLES", 32 * steps)
+        expected = collected(loader_for(copied, "memory", on_error="skip"))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            found = collected(loader_for(copied, "index", on_error="skip"))
+        assert_equal(found, expected)
+        assert not np.isin(np.concatenate([batch.ids_S for batch in found]), [5, 40]).any()
+        assert 1 <= sum("another image of the class" in record.getMessage() for record in caplog.records) <= 2
+
+    def test_evaluation_never_skips(self, copied: ShardSet, how: Any, tmp_path: Path) -> None:
+        split = copied.split("test")
+        with split.paths[0].open("r+b") as tar:
+            tar.seek(int(split.offsets_N[2]))
+            image = tar.read(int(split.sizes_N[2]))
+            tar.seek(int(split.offsets_N[2]))
+            tar.write(how(image))
+        with pytest.raises(DamagedSampleError, match="sample 00000002"):
+            collected(loader_for(copied, "index", "test", on_error="skip"))
+
+
+class TestRemovedShardsWithTheIndexFeed:
+    @pytest.mark.parametrize("on_error", ["stop", "skip"])
+    def test_before_an_epoch(self, copied: ShardSet, on_error: str) -> None:
+        loader = loader_for(copied, "index", on_error=on_error)
+        collected(loader, 0)
+        path = copied.split("train").paths[3]
+        path.unlink()
+        with pytest.raises(ShardError, match=rf"^shard {re.escape(str(path))} was removed while it was read \(No such file.*--resume$"):
+            collected(loader, 1)
+
+    def test_in_the_middle_of_one(self, copied: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dali_index, "SEGMENT_SAMPLES", 1)  # a step each
+        batches = loader_for(copied, "index", batch_size=2).epoch(0)
+        next(batches)
+        for path in copied.split("train").paths:
+            path.unlink()
+        with pytest.raises(ShardError, match=r"shard \S+train-000000\.tar was removed while it was read"):
+            list(batches)
+
+
+class TestTheFolderOfIndexFiles:
+    def test_that_cannot_be_written_is_named(self, copied: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        gone = tmp_path / "gone"
+        monkeypatch.setattr(tempfile, "tempdir", str(gone))
+        with pytest.raises(BackendError, match=rf"^cannot write \S+ \S+ \S+ DALI to the temporary folder {gone} .*TMPDIR.*feed=memory"):
+            collected(loader_for(copied, "index"))
+
+    def test_without_open_files_to_spare_it_is_named_too(self, copied: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        loader = loader_for(copied, "index")
+        expected = collected(loader, 1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        spare = os.open(os.devnull, os.O_RDONLY)
+        os.close(spare)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare, hard))
+        try:
+            with pytest.raises(BackendError, match=rf"temporary folder {tmp_path} \(Too many open files\)"):
+                collected(loader, 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert_equal(collected(loader, 1), expected)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import re
 import shutil
+import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +20,41 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.config import AugmentConfig, DataConfig
+from pipelines.config import AugmentConfig, DaliConfig, DataConfig
 from pipelines.format import ShardSet, ShardSplit, open_shards
 from pipelines.loaders import PlannedLoader, build_loader
 from pipelines.loaders.damage import SampleGuard, explain_failure
 from pipelines.types import BackendError, Batch, DamagedSampleError, ShardError
 
+HAS_FFCV = find_spec("ffcv") is not None
+ROOT = Path(__file__).resolve().parents[3]
 Damage = Callable[[bytes], bytes]
 ZEROED_END: Damage = lambda image: image[: len(image) // 2] + bytes(len(image) - len(image) // 2)  # noqa: E731
 ZEROED_START: Damage = lambda image: bytes(64) + image[64:]  # noqa: E731
+
+
+def resized_header(height: int, width: int) -> Damage:
+    """Writes another size into the JPEG's frame header; both ends stay as they are."""
+
+    def how(image: bytes) -> bytes:
+        place = image.index(b"\xff\xc0") + 5
+        return image[:place] + struct.pack(">HH", height, width) + image[place + 4 :]
+
+    return how
+
+
+def without_a_table(image: bytes) -> bytes:
+    """Overwrites a Huffman table: decoders see it only when they get there."""
+    place = image.index(b"\xff\xc4") + 5
+    return image[:place] + b"\xff" * 16 + image[place + 16 :]
+
+
 OVERWRITTEN: Damage = lambda image: np.random.default_rng(0).bytes(len(image))  # noqa: E731
 
 
 def copied(make_shards: Any, tmp_path: Path, **options: Any) -> ShardSet:
     root = tmp_path / "shards"
+    root.parent.mkdir(exist_ok=True)
     shutil.copytree(make_shards(**({"size": (48, 48), "extension": "jpg"} | options)).root, root)
     return open_shards(root)
 
@@ -45,9 +72,13 @@ def damage(shards: ShardSet, split: str, ids: list[int], how: Damage = ZEROED_EN
     return open_shards(Path(shards.root))
 
 
-def loader_for(shards: ShardSet, loader: str, on_error: str = "stop", split: str = "train", batch_size: int = 8) -> PlannedLoader:
+def loader_for(
+    shards: ShardSet, loader: str, on_error: str = "stop", split: str = "train", dali: DaliConfig | None = None
+) -> PlannedLoader:
     augment = AugmentConfig(area_range=(0.3, 1.0))
-    config = DataConfig(loader=loader, batch_size=batch_size, image_size=32, num_threads=2, augment=augment, on_error=on_error)
+    config = DataConfig(
+        loader=loader, batch_size=8, image_size=32, num_threads=2, augment=augment, on_error=on_error, dali=dali or DaliConfig()
+    )
     return build_loader(shards, split, config, seed=7, device=torch.device("cpu"))
 
 
@@ -59,7 +90,7 @@ class TestTheGuard:
     @pytest.mark.parametrize("how", [ZEROED_END, ZEROED_START, OVERWRITTEN], ids=["zeroed end", "zeroed start", "overwritten"])
     def test_names_what_lost_its_beginning_or_end(self, make_shards: Any, tmp_path: Path, how: Damage) -> None:
         split = damage(copied(make_shards, tmp_path), "train", [5, 9], how).split("train")
-        with pytest.raises(DamagedSampleError, match=r"sample 00000005 of \S+, sample 00000009 of \S+ does not decode") as caught:
+        with pytest.raises(DamagedSampleError, match=r"sample 00000005 of \S+, sample 00000009 of \S+ do not decode") as caught:
             SampleGuard(split).require_whole(np.arange(20))
         assert caught.value.ids.tolist() == [5, 9]
 
@@ -161,6 +192,66 @@ class TestStopAndSkip:
             list(loader_for(shards, "dali", "skip", split="test").epoch(0))
 
 
+INSIDE = {
+    "a size of gigabytes": resized_header(65535, 65535),
+    "a smaller size": resized_header(24, 48),
+    "a larger size": resized_header(96, 96),
+    "no table": without_a_table,
+}
+DECODERS = ["dali", "index", "resident", pytest.param("ffcv", marks=pytest.mark.skipif(not HAS_FFCV, reason="FFCV is not installed"))]
+
+
+@pytest.mark.parametrize("loader", DECODERS)
+def test_damage_inside_an_image_is_named_or_skipped_by_name(make_shards: Any, tmp_path: Path, loader: str) -> None:
+    """What both ends do not show, in a process of its own because DALI may crash on it."""
+    # A region that lies in both sizes decodes to something; only a look at the whole image tells.
+    hows = {name: how for name, how in INSIDE.items() if name != "a larger size" or loader in ("resident", "ffcv")}
+    roots = []
+    for number, how in enumerate(hows.values()):
+        shards = damage(copied(make_shards, tmp_path / str(number), beton=loader == "ffcv"), "train", [5], how)
+        if loader == "ffcv":
+            damage_beton(shards, 5, how)
+        roots.append(str(shards.root))
+    command = [sys.executable, __file__, loader, *roots]
+    for _ in range(4):  # a crash is DALI's and not what this shows
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        if found.returncode >= 0:
+            break
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    for name, stopped, skipped in zip(hows, lines[::2], lines[1::2], strict=True):
+        assert re.match(r"DamagedSampleError sample 00000005 of \S+ does not decode; ", stopped), (name, stopped)
+        assert skipped == "went on without [5]", name
+    assert found.stderr.count("sample 00000005") == len(hows)
+
+
+def damage_beton(shards: ShardSet, sample_id: int, how: Damage) -> None:
+    """The beton's copy of the image is the same bytes."""
+    path, split = Path(shards.root) / "train.beton", shards.split("train")
+    damaged = split.encoded(np.array([sample_id]))[0].tobytes()
+    content = path.read_bytes()
+    places = [found.start() for found in re.finditer(rb"\xff\xd8\xff", content)]
+    for place in places:
+        whole = content[place : place + len(damaged)]
+        if how(whole) == damaged:
+            path.write_bytes(content[:place] + damaged + content[place + len(damaged) :])
+            return
+    raise AssertionError("the beton does not hold the image")
+
+
+def main(loader: str, *roots: str) -> None:
+    """What the test above runs: the error with `on_error` "stop", then an epoch with "skip"."""
+    feed = DaliConfig(feed="index" if loader == "index" else "memory")
+    for root, on_error in itertools.product(roots, ("stop", "skip")):
+        try:
+            built = loader_for(open_shards(Path(root)), "dali" if loader == "index" else loader, on_error, dali=feed)
+            seen = {i for batch in built.epoch(0) for i in batch.ids_S.tolist()}
+            sys.stdout.write(f"went on without {sorted(set(range(74)) - seen)}\n")
+        except DamagedSampleError as error:
+            sys.stdout.write(f"DamagedSampleError {error}\n")
+
+
 class TestWhatDaliSays:
     def split(self, make_shards: Any) -> ShardSplit:
         split: ShardSplit = make_shards(size=(48, 48), extension="jpg").split("train")
@@ -177,3 +268,7 @@ class TestWhatDaliSays:
         found = explain_failure(RuntimeError(message), self.split(make_shards), np.arange(8))
         assert isinstance(found, BackendError)
         assert str(found) == "DALI failed while decoding: out of memory"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipelines.config import AugmentConfig, DataConfig, OrderConfig, ResidentConfig
 from pipelines.format import ShardSet
-from pipelines.loaders import LOADERS, PlannedLoader, build_loader
+from pipelines.loaders import LOADERS, MADE_UP_PIXELS, PlannedLoader, build_loader
 from pipelines.types import Batch, ConfigError, ShardError
 
 HAS_FFCV = find_spec("ffcv") is not None
@@ -29,7 +29,6 @@ PAD = AugmentConfig(crop="pad", policy="autoaugment-cifar10", cutout=8, eval_cro
 RESIZED = AugmentConfig(crop="resized", eval_crop=0.875)
 EXACT = ["dali", "resident"]
 OWN_ORDER = {"webdataset"}
-MADE_UP_PIXELS = {"synthetic", "cached"}  # the place in the order does not determine them
 
 
 @pytest.fixture
