@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from bce3s.throughput.command import profile
+from bce3s.throughput.command import profile, resolve_config
 from pipelines.datasets import DATASETS, shot_groups
 from pipelines.types import ConfigError, ShardError, UserError
 
@@ -55,21 +55,12 @@ def fast_train(
     flags = {"loss.name": loss, "model.arch": arch, "data.loader": loader, "data.batch_size": batch_size, "optimizer.learning_rate": lr}
     flags |= {"data.on_error": on_error}
     flags |= {"epochs": epochs, "precision": precision, "device": device, "seed": seed}
-    config = _resolve(dataset, recipe, {path: value for path, value in flags.items() if value is not None}, settings or [])
+    config = resolve_config(dataset, recipe, {path: value for path, value in flags.items() if value is not None}, settings or [])
     if print_config:
         typer.echo(to_json(config))
         return
     folder = out or Path("runs") / f"{dataset}-{config.loss.name}-{config.model.arch}-s{config.seed}"
     _train(config, shards or Path("shards") / dataset, folder, resume=resume, overwrite=overwrite)
-
-
-def _resolve(dataset: str, recipe: str | None, flags: dict[str, Any], settings: list[str]) -> TrainConfig:
-    from bce3s.config import override
-    from bce3s.recipes import build_recipe
-    from pipelines.config import require_choice
-
-    require_choice("dataset", dataset, tuple(DATASETS))
-    return override(build_recipe(recipe, dataset), [f"{path}={value}" for path, value in flags.items()] + settings)
 
 
 def _train(config: TrainConfig, shards: Path | str, out: Path, *, resume: bool, overwrite: bool) -> None:

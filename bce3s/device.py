@@ -15,6 +15,10 @@ from bce3s.config import TrainConfig
 from pipelines.types import BackendError
 
 
+_DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+_PACKAGES = ("torch", "torchvision", "triton", "ffcv", "webdataset", "numba", "numpy", "pillow", "bce3s")
+
+
 @dataclass(frozen=True)
 class Placement:
     """A resolved device and precision.
@@ -88,11 +92,14 @@ def _has_bf16(device: torch.device) -> bool:
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware of this process, for the run's record."""
     versions = {}
-    for package in ("torch", "nvidia-dali-cuda130", "webdataset", "numba", "numpy", "pillow", "bce3s"):
+    for package in (*_DALI_PACKAGES, *_PACKAGES):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    # One of them is what a machine has; the first is named where there is none.
+    for absent in [package for package in _DALI_PACKAGES[::-1] if versions[package] == "not installed"][: len(_DALI_PACKAGES) - 1]:
+        del versions[absent]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

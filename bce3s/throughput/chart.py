@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ _COLOURS = {
     "together": "#d1603d",
 }
 
+_TITLE_CHARACTERS = 100  # a line, at the figure's width
 _BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 
 
@@ -84,7 +86,8 @@ def draw_chart(rows: Sequence[Row], verdict: Verdict | None, title: str, suffix:
             fontsize=8,
             color="#0b5fa5",
         )
-    axes.set_title(title, fontsize=10, pad=16, loc="left")
+    # Over the whole figure and not over the bars alone: beside their labels it would be cut off.
+    figure.suptitle(textwrap.fill(title, _TITLE_CHARACTERS), fontsize=10, x=0.01, ha="left")
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix.lower().lstrip("."), dpi=160)

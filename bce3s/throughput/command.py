@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from os import getloadavg
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,7 +49,8 @@ def profile(
 ) -> None:
     """Measure every stage from disk to gradients, alone and together, and say what binds.
 
-    With --compare BEFORE.json AFTER.json the exit status is 1 if a row became slower.
+    The row of a cold page cache has the kernel drop the shards' pages from it. With --compare BEFORE.json AFTER.json the exit status is 1
+    if a row became slower, or one that the run depends on was lost.
     """
     if compare is not None:
         _compare(*compare, threshold)
@@ -58,7 +60,7 @@ def profile(
     require(repeats >= MIN_REPEATS, f"--repeats must be at least {MIN_REPEATS}, not {repeats}")
     require(0 < seconds < 3600, f"--seconds must lie between 0 and 3600, not {seconds}")
     flags = {"data.loader": loader, "model.arch": arch, "data.batch_size": batch_size, "precision": precision, "device": device}
-    config = _resolve(dataset, recipe, {path: value for path, value in flags.items() if value is not None}, settings or [])
+    config = resolve_config(dataset, recipe, {path: value for path, value in flags.items() if value is not None}, settings or [])
     outputs = {"json": json_file, "plot": plot, "trace": trace}
     _require_writable(outputs)
     try:
@@ -68,7 +70,12 @@ def profile(
         raise typer.Exit(130) from None
 
 
-def _resolve(dataset: str, recipe: str | None, flags: dict[str, Any], settings: list[str]) -> TrainConfig:
+def resolve_config(dataset: str, recipe: str | None, flags: dict[str, Any], settings: list[str]) -> TrainConfig:
+    """A recipe, by default that of the data set, with `flags` (path of a setting → value) and then "path=value" `settings` in their place.
+
+    Raises:
+        ConfigError: an unknown data set, recipe or setting, or a value it does not take.
+    """
     from bce3s.config import override
     from bce3s.recipes import build_recipe
 
@@ -84,6 +91,12 @@ def _require_writable(outputs: dict[str, Path | None]) -> None:
         if path is not None:
             require(path.absolute().parent.is_dir(), f"--{option} {path} lies in a folder that does not exist; make it first")
             require(not path.is_dir(), f"--{option} {path} is a folder; name a file")
+            try:
+                # Tried, not asked: a read-only file system and a full quota say yes to whoever asks.
+                with NamedTemporaryFile(dir=path.absolute().parent, prefix=".bce3s-profile-"):
+                    pass
+            except OSError as error:
+                raise ConfigError(f"--{option} {path} cannot be written there ({error.strerror or error}); name another file") from error
     if outputs["plot"] is not None:
         require_chart(outputs["plot"])
 
@@ -109,6 +122,8 @@ def _profile(
         def say(stage: str) -> None:
             if status is not None:
                 status.update(f"measuring: {stage}")
+            else:
+                typer.echo(f"measuring: {stage}", err=True)
 
         measured = measure(workload, budget, compiled=compiled, say=say)
     verdict = judge(measured.facts, measured.rows)
@@ -169,18 +184,21 @@ def _write(console: Console, workload: Workload, budget: Budget, findings: Findi
 
 
 def _compare(before: Path, after: Path, threshold: float) -> None:
-    from bce3s.throughput.compare import changes_table, compare_rows, differences, lost_rows, read_profile
+    from bce3s.throughput.compare import changes_table, compare_rows, differences, lost_rows, needed_rows, read_profile
     from bce3s.throughput.table import print_sentences
 
     require(0 <= threshold < 1, f"--threshold is a share from 0 to 1, not {threshold}")
     (earlier, earlier_rows), (later, later_rows) = read_profile(before), read_profile(after)
     console = Console()
-    print_sentences(console, [f"warning: {sentence}" for sentence in differences(earlier, later)])
-    lost = lost_rows(earlier_rows, later_rows)
-    print_sentences(console, [f"warning: measured before and not any more: {'; '.join(lost)}"] if lost else [])
     changes = compare_rows(earlier_rows, later_rows, threshold)
+    if not changes:
+        raise UserError(f"{before} and {after} have no measured row in common; compare two profiles of the same run")
+    print_sentences(console, [f"warning: {sentence}" for sentence in differences(earlier, later)])
+    lost, needed = lost_rows(earlier_rows, later_rows), needed_rows(earlier)
+    print_sentences(console, [f"warning: measured before and not any more: {'; '.join(row.name for row in lost)}"] if lost else [])
     console.print(changes_table(changes, threshold))
-    slower = [change.before.name for change in changes if change.outcome == "slower"]
-    print_sentences(console, [f"regression: {', '.join(slower)}" if slower else "no regression"])
-    if slower:
+    worse = [change.before.name for change in changes if change.outcome == "slower"]
+    worse += [f"{row.name} (not measured any more)" for row in lost if row.key in needed]
+    print_sentences(console, [f"regression: {', '.join(worse)}" if worse else "no regression"])
+    if worse:
         raise typer.Exit(1)

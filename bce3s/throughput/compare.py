@@ -66,10 +66,16 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found
 
 
-def lost_rows(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
-    """Names of the rows that were measured before and not after."""
+def lost_rows(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
+    """The rows that were measured before and not after."""
     later = {row.key for row in after if row.rates}
-    return [row.name for row in before if row.rates and row.key not in later]
+    return [row for row in before if row.rates and row.key not in later]
+
+
+def needed_rows(record: dict[str, Any]) -> set[str]:
+    """Keys of the rows whose loss is a regression: end to end, and what every batch of that run passes through."""
+    path = _at(record, ("verdict", "path"))
+    return {"together.real", *(path if isinstance(path, list) else [])}
 
 
 def _at(record: dict[str, Any], path: tuple[str, ...]) -> Any:

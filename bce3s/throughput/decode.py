@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from os import cpu_count
+from os import sched_getaffinity
 from typing import Any
 
 import numpy as np
@@ -106,28 +106,57 @@ def host_decode_rows(workload: Workload, budget: Budget) -> Iterator[Row]:
             for kind, decode in kinds.items()
             if decode == "whole" or not _pads(workload)
         }
-        yield from _decode_rows(streams, budget, _CPU, {"threads": num_threads or cpu_count() or 1})
+        yield from _decode_rows(streams, budget, _CPU, {"threads": num_threads or len(sched_getaffinity(0))})
         if _pads(workload):
             yield Row(key=f"decode.{name}.region", reason=_PAD_REASON)
 
 
 def gpu_decode_rows(workload: Workload, budget: Budget) -> Iterator[Row]:
-    """The rows "decode.gpu.*": DALI's `mixed` decoder over the shares of the hardware engine; needs CUDA. Remembers the best share."""
-    from pipelines.loaders.decoder_options import remember_load
+    """The rows "decode.gpu.*": DALI's `mixed` decoder over the shares of the hardware engine; needs CUDA. Remembers the best share.
 
+    The last row is the run's own share, as its loader will take it after that.
+    """
+    try:
+        from pipelines.loaders.decoder_options import remember_load
+    except MEASURED_FAILURES as error:  # DALI is not installed
+        yield from (Row(key=f"decode.gpu.{load:g}", reason=reason_of(error)) for load in HARDWARE_LOADS)
+        yield Row(key="decode.gpu.own", reason=reason_of(error))
+        return
     decode, device = "whole" if _pads(workload) else "region", workload.device
-    medians: dict[float, float] = {}
+    swept: dict[float, Row] = {}
     for load in HARDWARE_LOADS:  # one after the other: each holds the engine and gigabytes of device memory
         streams = {f"decode.gpu.{load:g}": _opener(workload, device, workload.config.data.num_threads, decode, load)}
         for row in _decode_rows(streams, budget, device, {"decode": decode}):
             if row.rates:
-                medians[load] = row.median
+                swept[load] = row
             yield row
-    if medians and budget.seconds >= _REMEMBERED_S:
+    if swept and budget.seconds >= _REMEMBERED_S:
         try:
-            remember_load(torch.cuda.get_device_name(device), max(medians, key=lambda load: medians[load]))
+            remember_load(torch.cuda.get_device_name(device), max(swept, key=lambda load: swept[load].median))
         except OSError:
             pass  # a read-only home: the next run takes DALI's own share
+    own, chosen_by = own_load(workload)
+    details = {"decode": decode, "load": own, "chosen_by": chosen_by}
+    if own in swept:
+        yield Row(key="decode.gpu.own", rates=swept[own].rates, details=details)
+    else:
+        streams = {"decode.gpu.own": _opener(workload, device, workload.config.data.num_threads, decode)}
+        yield from _decode_rows(streams, budget, device, details)
+
+
+def own_load(workload: Workload) -> tuple[float, str]:
+    """The share of the hardware decoder that the run takes now, and who chose it; needs DALI and CUDA."""
+    from nvidia.dali import backend
+
+    from pipelines.loaders.decoder_options import remembered_load
+
+    load = workload.config.data.dali.hw_decoder_load
+    if load >= 0:
+        return load, "as set"
+    load = remembered_load(torch.cuda.get_device_name(workload.device))
+    if load >= 0:
+        return load, "remembered"
+    return float(backend.GetSchema("decoders__ImageSlice").GetArgumentDefaultValueString("hw_decoder_load")), "DALI's default"
 
 
 def _pads(workload: Workload) -> bool:

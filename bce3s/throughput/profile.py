@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from os import cpu_count
+from os import sched_getaffinity
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,11 @@ def measure(workload: Workload, budget: Budget, *, compiled: bool, say: Callable
     # What the user may have got wrong shows here and not after a minute: the network, its loss, and the loader, unless it would decode all.
     steps = build_steps(workload, compiled=compiled)
     workload.loader("synthetic" if workload.choice.name in _DECODE_WHEN_BUILT else None).close()
-    rows, page_cache = _rows_of_encoded_images(workload, budget, say)
+    # First what needs a page cache that no loader has filled and mapped.
+    say("storage, and reading the images that later rows will find in memory")
+    rows = list(storage_rows(workload, budget)) if not workload.is_streamed else []
+    found = _resident(workload)
+    rows += _rows_of_encoded_images(workload, budget, say)
     if cuda:
         say("copies to the device")
         rows += copy_rows(workload.num_samples, workload.config.data.image_size, workload.device, budget)
@@ -71,42 +75,64 @@ def measure(workload: Workload, budget: Budget, *, compiled: bool, say: Callable
         rows.append(graph_row(workload, batch, budget))
     if "step.compiled" not in steps:
         rows.append(Row(key="step.compiled", reason=STEP_SKIPPED))
+    page_cache = _page_cache_state(workload, rows[0], found)
     return Profile(rows=complete(with_mfu(rows, flops, peak), NEEDS_CUDA), page_cache=page_cache, facts=facts_of(workload))
 
 
-def _rows_of_encoded_images(workload: Workload, budget: Budget, say: Callable[[str], None]) -> tuple[list[Row], str]:
-    """The rows "storage.*", "read.*" and "decode.*", and the state of the page cache."""
+def _rows_of_encoded_images(workload: Workload, budget: Budget, say: Callable[[str], None]) -> list[Row]:
+    """The rows "read.*" and "decode.*"; of streamed shards, "storage.*" too."""
     cuda = workload.device.type == "cuda"
     if workload.is_streamed:
         groups = ("storage", "read", "decode")
         keys = [key for key in NAMES if key.partition(".")[0] in groups and (cuda or not key.startswith("decode.gpu"))]
-        return [Row(key=key, reason="the shards lie at a URL") for key in keys], "none here, the shards lie at a URL"
-    # First what needs a page cache that no loader has filled and mapped.
-    say("storage")
-    rows = list(storage_rows(workload, budget))
-    page_cache = _page_cache_state(workload, rows[0])
+        return [Row(key=key, reason="the shards lie at a URL") for key in keys]
     say("host read")
-    rows += host_read_rows(workload, budget)
+    rows = list(host_read_rows(workload, budget))
     say("decode on the host")
     rows += host_decode_rows(workload, budget)
     if cuda:
         say("decode on the GPU")
         rows += gpu_decode_rows(workload, budget)
-    return rows, page_cache
+    return rows
 
 
-def _page_cache_state(workload: Workload, cold: Row) -> str:
+def _resident(workload: Workload) -> float | str:
+    """Share of the training shards' pages in the page cache, or why nobody knows."""
+    try:
+        return 0.0 if workload.is_streamed else resident_share(workload.split.paths)
+    except OSError as error:
+        return reason_of(error)
+
+
+def _page_cache_state(workload: Workload, cold: Row, found: float | str) -> str:
+    """What the rows read from; `found` is what `_resident` gave before the first of those that come after the storage's."""
+    if workload.is_streamed:
+        return "none here, the shards lie at a URL"
     dropped = (
         "cold row: every page dropped by posix_fadvise before each repeat, seen to be gone by mincore"
         if cold.rates
         else f"cold row not measured: {cold.reason}"
     )
-    share = len(warm_ids(workload)) / len(workload.split)
-    try:
-        held = f"{resident_share(workload.split.paths):.0%} of the training shards' pages in memory"
-    except OSError as error:
-        held = reason_of(error)
-    return f"{dropped}; all other rows: the first {share:.0%} of the images in the order read before, {held}"
+    left = _resident(workload)
+    held = (
+        found
+        if isinstance(found, str)
+        else f"{found:.0%} of the training shards' pages in memory before them, "
+        + (left if isinstance(left, str) else f"{left:.0%} after the last")
+    )
+    share = len(warm_ids(workload)) / len(workload.epoch_ids())
+    read = f"all other rows: the first {share:.0%} of what an epoch draws read once before, {held}"
+    return "; ".join([dropped, read, *_unlike_the_run(workload)])
+
+
+def _unlike_the_run(workload: Workload) -> list[str]:
+    """How reading differs between the rows of one stage and the run's loader."""
+    config = workload.config.data
+    if workload.choice.name == "webdataset":
+        return ["loader 'webdataset' reads whole shards, the storage rows read the images one by one in its order"]
+    if workload.choice.name == "dali" and config.dali.feed == "index":
+        return ["rows host read and decode are fed from memory, the run's data.dali.feed=index has DALI read the tars itself"]
+    return []
 
 
 def _loader_and_step_rows(
@@ -153,7 +179,8 @@ def facts_of(workload: Workload) -> Facts:
         policy=config.augment.policy,
         precision=workload.placement.precision,
         num_threads=config.num_threads,
-        num_cores=cpu_count() or 1,
+        num_cores=len(sched_getaffinity(0)),
+        streamed=workload.is_streamed,
         resident_fits=workload.choice.resident_fits,
         fits_page_cache=int(split.shard_bytes.sum()) < 0.8 * memory_bytes("MemTotal"),
         stored_side=float(np.median(np.minimum(split.heights_N, split.widths_N))),

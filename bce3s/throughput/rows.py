@@ -16,6 +16,7 @@ VIEWS_PER_DECODED = 3 / 2
 PROFILE_FORMAT = "bce3s-profile"
 PROFILE_VERSION = 1
 NEEDS_CUDA = "needs a CUDA device"
+BEHIND = 0.99  # batches a step, below which the loader does not keep pace
 HARDWARE_LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
 
 # Every row of a profile in the order in which it is shown; the heading of a group is the part of the key before the dot.
@@ -23,7 +24,7 @@ SECTIONS = {
     "storage": "storage, in the real order",
     "read": "host read, no decode",
     "decode": "decode only",
-    "loader": "loader: decode + augment",
+    "loader": "loader alone",
     "copy": "host to device",
     "step": "step on a fixed batch",
     "part": "parts of the step",
@@ -39,6 +40,7 @@ NAMES = {
     "decode.all.full": "all threads, whole",
     "decode.all.region": "all threads, region",
     **{f"decode.gpu.{load:g}": f"GPU, hardware share {load:g}" for load in HARDWARE_LOADS},
+    "decode.gpu.own": "GPU, the run's own share",
     "loader": "batches left on device",
     "copy.pinned": "uint8, pinned",
     "copy.pageable": "uint8, pageable",
@@ -97,6 +99,8 @@ class Row:
         parts = [f"{found['gb_per_s']:.2g} GB/s"] if "gb_per_s" in found else []
         parts += [f"MFU {found['mfu']:.0%}"] if "mfu" in found else []
         parts += [f"stall {found['stall_share']:.0%}"] if "stall_share" in found else []
+        parts += [f"{found['batches_per_step']:.2g} batches/step"] if found.get("batches_per_step", 1.0) < BEHIND else []
+        parts += [f"{found['load']:g}, {found['chosen_by']}"] if "chosen_by" in found else []
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How fast encoded images come from storage and from the page cache, read in the order of the run."""
+"""How fast encoded images come from storage and from the page cache, read in the order of the run, both streams of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from bce3s.throughput.page_cache import drop, resident_share
+from bce3s.throughput.page_cache import drop, memory_bytes, resident_share
 from bce3s.throughput.rows import Row
 from bce3s.throughput.timing import MEASURED_FAILURES, Budget, Probe, reason_of, sample
 from bce3s.throughput.workload import Workload
@@ -21,7 +21,7 @@ from pipelines.types import IntArray
 READS_IN_FLIGHT = 16
 _READS_A_TURN = 32  # by one thread, between two looks at the clock
 _DROPPED = 0.02  # at most this share may stay behind
-WARM_BYTES = 2 << 30
+_WARM_SHARE = 0.5  # of the memory that is free
 
 
 class EncodedReader:
@@ -68,24 +68,26 @@ class EncodedReader:
 
 
 def storage_rows(workload: Workload, budget: Budget) -> Iterator[Row]:
-    """The rows "storage.cold" and "storage.warm"; leaves the first `WARM_BYTES` of the order in the page cache."""
-    split, ids_N = workload.split, workload.first_ids()
+    """The rows "storage.cold" and "storage.warm"; leaves the images of `warm_ids` in the page cache, for all rows that come later."""
+    split, ids_N = workload.split, workload.epoch_ids()
     mean_bytes = float(split.sizes_N.mean())
     reader = EncodedReader(split, ids_N)
     try:
         yield _row("storage.cold", _cold_rates(reader, split, len(ids_N), budget), mean_bytes)
     finally:
         reader.close()
-    reader = EncodedReader(split, warm_ids(workload))
+    warm_N = warm_ids(workload)
+    reader = EncodedReader(split, warm_N)
     try:
-        outcome = sample(Probe(work=reader.read_some, settle=reader.restart), budget, torch.device("cpu"))
+        reason = _warm(split, warm_N)
+        outcome = reason or sample(Probe(work=reader.read_some, settle=reader.restart), budget, torch.device("cpu"))
         yield _row("storage.warm", outcome, mean_bytes)
     finally:
         reader.close()
 
 
 def _cold_rates(reader: EncodedReader, split: ShardSplit, num_images: int, budget: Budget) -> tuple[float, ...] | str:
-    """Images/s of reading until the time is up, every image at most once, with the page cache emptied before each repeat."""
+    """Images/s of reading until the time is up, an epoch at most, with the page cache emptied before each repeat."""
     rates = []
     try:
         for _ in range(budget.repeats):
@@ -103,11 +105,28 @@ def _cold_rates(reader: EncodedReader, split: ShardSplit, num_images: int, budge
     return tuple(rates)
 
 
+def _warm(split: ShardSplit, ids_N: IntArray) -> str:
+    """Reads every image of int64 `ids_N` once, in the order in which they lie on the disk; the reason if that fails."""
+    distinct_N = np.unique(ids_N)
+    reader = EncodedReader(split, distinct_N[np.lexsort((split.offsets_N[distinct_N], split.shards_N[distinct_N]))])
+    try:
+        done = 0
+        while done < len(distinct_N):
+            done += reader.read_some()
+    except MEASURED_FAILURES as error:
+        return reason_of(error)
+    finally:
+        reader.close()
+    return ""
+
+
 def warm_ids(workload: Workload) -> IntArray:
-    """The images at the start of the order that the warm row reads again and again, at most `WARM_BYTES` of them."""
-    ids_N = workload.first_ids()
-    fitting = int(np.searchsorted(np.cumsum(workload.split.sizes_N[ids_N], dtype=np.int64), WARM_BYTES, side="right"))
-    return ids_N[: max(1, fitting)]
+    """int64 [E]: what the first measured epoch draws, up to as many different images as fit half of the memory that is free."""
+    ids_N, room_bytes = workload.epoch_ids(), int(_WARM_SHARE * memory_bytes("MemAvailable"))
+    is_first_N = np.zeros(len(ids_N), np.bool_)
+    is_first_N[np.unique(ids_N, return_index=True)[1]] = True  # drawn again, an image takes no more room
+    held_bytes_N = np.cumsum(np.where(is_first_N, workload.split.sizes_N[ids_N], 0), dtype=np.int64)
+    return ids_N[: max(1, int(np.searchsorted(held_bytes_N, room_bytes, side="right")))]
 
 
 def _row(key: str, outcome: tuple[float, ...] | str, mean_bytes: float) -> Row:

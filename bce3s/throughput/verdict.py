@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bce3s.throughput.rows import HARDWARE_LOADS, VIEWS_PER_DECODED, Row
+from bce3s.throughput.rows import VIEWS_PER_DECODED, Row
 
 READS_TARS = ("dali", "webdataset")
 COPIES_PIXELS = ("ffcv",)  # decodes on the host and sends pixels; the others send encoded bytes or keep pixels on the device
@@ -22,7 +22,8 @@ class Facts:
         step_key: the row that is the run's own step.
         crop, policy: of the augmentation.
         precision: "bf16", "fp16" or "fp32".
-        num_threads: the run's setting, 0 is one per core; of `num_cores`.
+        num_threads: the run's setting, 0 is one per core; of `num_cores` that this process may use.
+        streamed: whether the shards lie at a URL.
         resident_fits: whether the decoded set would fit in memory.
         fits_page_cache: whether the training shards do.
         stored_side, needed_side: shorter side in pixels, of the median stored image and of what evaluation needs.
@@ -36,6 +37,7 @@ class Facts:
     precision: str
     num_threads: int
     num_cores: int
+    streamed: bool
     resident_fits: bool
     fits_page_cache: bool
     stored_side: float
@@ -51,7 +53,8 @@ class Verdict:
         binding: the slowest of them.
         required: what the loader must deliver so that the step never waits: the rate of the step.
         end_to_end: rate of training.
-        efficiency: end to end over the binding row.
+        efficiency: end to end over the binding row; None too where that is the storage and end to end was measured from warm pages.
+        from_warm_pages: whether it was: what is measured reads from memory what a whole run reads from the storage.
         loader_headroom: loader alone over end to end.
         contention_loss: share of the step's rate that is lost while the loader runs beside it.
         stall_share: of training time, spent waiting for data.
@@ -63,6 +66,7 @@ class Verdict:
     required: float
     end_to_end: float | None
     efficiency: float | None
+    from_warm_pages: bool
     loader_headroom: float | None
     contention_loss: float | None
     stall_share: float | None
@@ -78,19 +82,17 @@ def path_of(facts: Facts, rows: Sequence[Row]) -> list[Row]:
     measured = {row.key: row for row in rows if row.rates}
     wanted: list[str] = []
     if facts.loader in READS_TARS:
-        storage = ["storage.warm", "storage.cold"] if facts.fits_page_cache else ["storage.cold", "storage.warm"]
+        storage = ["storage.warm"] if facts.fits_page_cache else ["storage.cold", "storage.warm"]
         wanted += [key for key in storage if key in measured][:1]
-        wanted += ["read.dali", _decode_key(facts, measured)]
+        wanted += ["read.dali", _decode_key(facts)]
     if facts.loader in COPIES_PIXELS and facts.device == "cuda":
         wanted.append("copy.pinned")
     return [measured[key] for key in (*wanted, "loader", facts.step_key) if key in measured]
 
 
-def _decode_key(facts: Facts, measured: dict[str, Row]) -> str:
+def _decode_key(facts: Facts) -> str:
     if facts.device == "cuda":
-        swept = [f"decode.gpu.{load:g}" for load in HARDWARE_LOADS]
-        found = [key for key in swept if key in measured]
-        return max(found, key=lambda key: measured[key].median) if found else swept[0]
+        return "decode.gpu.own"
     return "decode.all.full" if facts.crop == "pad" else "decode.all.region"
 
 
@@ -103,13 +105,15 @@ def judge(facts: Facts, rows: Sequence[Row]) -> Verdict | None:
     binding = min(path, key=lambda row: row.median)
     loader, step, real = medians["loader"], medians[facts.step_key], medians.get("together.real")
     discarded = medians.get("together.discarded")
+    from_warm_pages = any(row.key == "storage.cold" for row in path)
     details = next((row.details for row in rows if row.key == "together.real"), {})
     return Verdict(
         path=tuple(row.key for row in path),
         binding=binding.key,
         required=step,
         end_to_end=real,
-        efficiency=None if real is None else real / binding.median,
+        efficiency=None if real is None or binding.key == "storage.cold" else real / binding.median,
+        from_warm_pages=from_warm_pages,
         loader_headroom=None if real is None else loader / real,
         contention_loss=None if discarded is None else 1.0 - discarded / step,
         stall_share=details.get("stall_share"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bce3s.config import TrainConfig
@@ -17,7 +19,7 @@ from bce3s.train import build_model
 from pipelines.config import require_choice
 from pipelines.format import ShardSet
 from pipelines.loaders import LOADERS, PlannedLoader, build_loader, choose_loader
-from pipelines.loaders.plan import BatchPlan, train_plans
+from pipelines.loaders.plan import BatchPlan, StepOrder, train_plans
 from pipelines.loaders.planned import PixelRequest, split_geometry
 from pipelines.order import SampleOrder
 from pipelines.types import Batch, ConfigError, IntArray, ShardError
@@ -67,16 +69,29 @@ class Workload:
     def plans(self) -> Iterator[BatchPlan]:
         """The real order with its crops, epoch after epoch without end."""
         config, split = self.config.data, self.split
-        order = SampleOrder(split.labels_N, len(self.shards.class_names), config.batch_size, self.config.seed, config.order)
         geometry = split_geometry(split, config.image_size)
         for epoch in count(self.first_epoch):
-            yield from train_plans(order, geometry, config.augment, epoch, 0, 0, 1)
+            yield from train_plans(self._order, geometry, config.augment, epoch, 0, 0, 1)
 
-    def first_ids(self) -> IntArray:
-        """int64 [N]: the instance stream of the first measured epoch, every image once."""
+    def epoch_ids(self) -> IntArray:
+        """int64 [E]: every id of the first measured epoch as the plans draw them, step by step, instance and partner stream."""
+        order = self._order
+        streams = (order.instance_epoch(self.first_epoch), order.partner_epoch(self.first_epoch))
+        steps = (order.step_positions(step) for step in range(order.num_steps))
+        return np.concatenate([stream[positions_B] for positions_B in steps for stream in streams])
+
+    @cached_property
+    def _order(self) -> StepOrder:
+        """The run's: loader `webdataset` has one of its own."""
         config = self.config.data
-        order = SampleOrder(self.split.labels_N, len(self.shards.class_names), config.batch_size, self.config.seed, config.order)
-        return order.instance_epoch(self.first_epoch)
+        if self.choice.name == "webdataset":
+            from pipelines.loaders.webdataset import WebdatasetPixels
+
+            source = WebdatasetPixels(self.request(self.device))
+            source.close()
+            if source.order is not None:
+                return source.order
+        return SampleOrder(self.split.labels_N, len(self.shards.class_names), config.batch_size, self.config.seed, config.order)
 
     def loader(self, name: str | None = None) -> PlannedLoader:
         """The run's loader, or another one under the same settings."""

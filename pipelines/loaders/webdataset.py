@@ -68,7 +68,7 @@ class FetchedSplit(ShardSplit):
         return images
 
     def addresses(self, ids: IntArray) -> IntArray:
-        """Where the encoded images of `ids`, which `encoded` gave last, lie in this process's memory, int64 [S]."""
+        """Where the encoded images of `ids`, which `encoded` gave and somebody keeps, lie in this process's memory, int64 [S]."""
         shards, places_S = np.unique(self.shards_N[ids], return_inverse=True)
         tars = [self._here.get(shard) for shard in shards.tolist()]
         bases = np.array([0 if tar is None else tar.ctypes.data for tar in tars], np.int64)

@@ -99,5 +99,9 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
         torch.testing.assert_close(one.images_SHWC, other.images_SHWC, rtol=0, atol=0)
 
 
+def shard_names(shards: ShardSet) -> list[str]:
+    return [shard["file"] for shard in shards.manifest["splits"]["train"]["shards"]]
+
+
 def shard_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

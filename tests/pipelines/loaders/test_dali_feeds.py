@@ -149,7 +149,7 @@ class TestDamagedSamplesWithTheIndexFeed:
         assert not np.isin(np.concatenate([batch.ids_S for batch in found]), [5, 40]).any()
         assert 1 <= sum("another image of the class" in record.getMessage() for record in caplog.records) <= 2
 
-    def test_evaluation_never_skips(self, copied: ShardSet, how: Any, tmp_path: Path) -> None:
+    def test_evaluation_never_skips(self, copied: ShardSet, how: Any) -> None:
         split = copied.split("test")
         with split.paths[0].open("r+b") as tar:
             tar.seek(int(split.offsets_N[2]))
