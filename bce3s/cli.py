@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -95,7 +95,10 @@ def _train(config: TrainConfig, shards: Path | str, out: Path, *, resume: bool, 
             soft_wrap=True,
         )
         if choice.name in MADE_UP_PIXELS:
-            console.print(f"loader '{choice.name}' is for measuring: its pixels are not those of the labels, so accuracies mean nothing")
+            console.print(
+                f"loader '{choice.name}' is for measuring: its pixels are not those of the labels, so accuracies mean nothing",
+                soft_wrap=True,
+            )
         result = trainer.fit()
     except KeyboardInterrupt:
         console.print(

@@ -14,7 +14,7 @@ import torch
 from bce3s.config import TrainConfig
 from pipelines.types import BackendError
 
-
+_ABSENT = "not installed"
 _DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _PACKAGES = ("torch", "torchvision", "triton", "ffcv", "webdataset", "numba", "numpy", "pillow", "bce3s")
 
@@ -91,15 +91,8 @@ def _has_bf16(device: torch.device) -> bool:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware of this process, for the run's record."""
-    versions = {}
-    for package in (*_DALI_PACKAGES, *_PACKAGES):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    # One of them is what a machine has; the first is named where there is none.
-    for absent in [package for package in _DALI_PACKAGES[::-1] if versions[package] == "not installed"][: len(_DALI_PACKAGES) - 1]:
-        del versions[absent]
+    dali = next((package for package in _DALI_PACKAGES if _version(package) != _ABSENT), _DALI_PACKAGES[0])
+    versions = {package: _version(package) for package in (dali, *_PACKAGES)}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -108,3 +101,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "versions": versions,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return _ABSENT

@@ -49,8 +49,9 @@ def profile(
 ) -> None:
     """Measure every stage from disk to gradients, alone and together, and say what binds.
 
-    The row of a cold page cache has the kernel drop the shards' pages from it. With --compare BEFORE.json AFTER.json the exit status is 1
-    if a row became slower, or one that the run depends on was lost.
+    For the row of a cold page cache the shards' pages are dropped from it.
+
+    With --compare BEFORE.json AFTER.json the exit status is 1 if a row became slower, or one that the run needs was lost.
     """
     if compare is not None:
         _compare(*compare, threshold)

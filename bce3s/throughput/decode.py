@@ -145,18 +145,21 @@ def gpu_decode_rows(workload: Workload, budget: Budget) -> Iterator[Row]:
 
 
 def own_load(workload: Workload) -> tuple[float, str]:
-    """The share of the hardware decoder that the run takes now, and who chose it; needs DALI and CUDA."""
-    from nvidia.dali import backend
+    """The share of the hardware decoder that the run takes now, and whence: "set", "profiled" on this machine, or DALI's "default".
+
+    Needs DALI and CUDA.
+    """
+    from nvidia.dali.backend import GetSchema  # type: ignore[attr-defined]
 
     from pipelines.loaders.decoder_options import remembered_load
 
     load = workload.config.data.dali.hw_decoder_load
     if load >= 0:
-        return load, "as set"
+        return load, "set"
     load = remembered_load(torch.cuda.get_device_name(workload.device))
     if load >= 0:
-        return load, "remembered"
-    return float(backend.GetSchema("decoders__ImageSlice").GetArgumentDefaultValueString("hw_decoder_load")), "DALI's default"
+        return load, "profiled"
+    return float(GetSchema("decoders__ImageSlice").GetArgumentDefaultValueString("hw_decoder_load")), "default"
 
 
 def _pads(workload: Workload) -> bool:

@@ -122,10 +122,10 @@ def _page_cache_state(workload: Workload, cold: Row, found: float | str) -> str:
     )
     share = len(warm_ids(workload)) / len(workload.epoch_ids())
     read = f"all other rows: the first {share:.0%} of what an epoch draws read once before, {held}"
-    return "; ".join([dropped, read, *_unlike_the_run(workload)])
+    return "; ".join([dropped, read, *unlike_the_run(workload)])
 
 
-def _unlike_the_run(workload: Workload) -> list[str]:
+def unlike_the_run(workload: Workload) -> list[str]:
     """How reading differs between the rows of one stage and the run's loader."""
     config = workload.config.data
     if workload.choice.name == "webdataset":

@@ -99,7 +99,7 @@ class Row:
         parts = [f"{found['gb_per_s']:.2g} GB/s"] if "gb_per_s" in found else []
         parts += [f"MFU {found['mfu']:.0%}"] if "mfu" in found else []
         parts += [f"stall {found['stall_share']:.0%}"] if "stall_share" in found else []
-        parts += [f"{found['batches_per_step']:.2g} batches/step"] if found.get("batches_per_step", 1.0) < BEHIND else []
+        parts += [f"pace {found['batches_per_step']:.0%}"] if found.get("batches_per_step", 1.0) < BEHIND else []
         parts += [f"{found['load']:g}, {found['chosen_by']}"] if "chosen_by" in found else []
         return ", ".join(parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,7 +46,10 @@ def profiled(make_shards: Any, tmp_path_factory: pytest.TempPathFactory) -> tupl
     files = ["--json", "a.json", "--plot", "a.svg", "--trace", "trace.json"]
     shards = ["--dataset", "cifar10-lt", "--shards", str(make_shards().root), "--loader", "dali"]
     found = run(*shards, *SETTINGS, "--quick", *files, cwd=folder, columns=80)
-    assert (found.returncode, found.stderr) == (0, "")
+    assert found.returncode == 0, found.stderr
+    said = found.stderr.splitlines()
+    assert all(line.startswith("measuring: ") for line in said), found.stderr
+    assert {"measuring: host read", "measuring: loader dali", "measuring: parts of the step"} <= set(said)
     return folder, json.loads((folder / "a.json").read_text()), found.stdout
 
 
@@ -75,6 +79,8 @@ def test_the_record_says_what_was_measured_where(profiled: tuple[Path, dict[str,
     assert record["config"]["data"]["batch_size"] == 4
     assert "--quick" in record["command"]
     assert "cold row" in record["page_cache"]
+    assert "all other rows: the first 100% of what an epoch draws read once before, " in record["page_cache"]
+    assert re.search(r"\d+% of the training shards' pages in memory before them, \d+% after the last$", record["page_cache"])
     assert record["loader"] == "dali"
     assert 0 <= record["verdict"]["stall_share"] <= 1
     assert record["verdict"]["binding"] in record["verdict"]["path"]
@@ -113,6 +119,32 @@ def write_slower(record: dict[str, Any], path: Path, factor: float) -> None:
     path.write_text(json.dumps(changed))
 
 
+def without(record: dict[str, Any], path: Path, lost: set[str]) -> Path:
+    """A profile in which the rows `lost` were not measured."""
+    rows = [{**row, "measured": False, "text": "not measured: it broke"} if row["key"] in lost else row for row in record["rows"]]
+    path.write_text(json.dumps({**record, "rows": rows}))
+    return path
+
+
+def test_a_row_that_the_run_depends_on_and_that_is_lost_is_a_regression(profiled: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    earlier, record = str(profiled[0] / "a.json"), profiled[1]
+    spare = run("--compare", earlier, str(without(record, tmp_path / "spare.json", {"together.cached"})), cwd=tmp_path)
+    assert (spare.returncode, spare.stdout.splitlines()[-1]) == (0, "no regression")
+    assert spare.stdout.startswith("warning: measured before and not any more: cached replay")
+    for key, name in (("together.real", "end to end"), ("decode.all.full", "decode (all threads, whole)")):
+        found = run("--compare", earlier, str(without(record, tmp_path / "lost.json", {key})), cwd=tmp_path)
+        assert (found.returncode, found.stdout.splitlines()[-1]) == (1, f"regression: {name} (not measured any more)")
+
+
+def test_profiles_without_a_row_in_common_are_a_mistake(profiled: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    one = without(profiled[1], tmp_path / "one.json", set(NAMES) - {"loader"})
+    other = without(profiled[1], tmp_path / "other.json", {"loader"})
+    found = run("--compare", str(one), str(other), cwd=tmp_path)
+    assert found.returncode == 2
+    assert "have no measured row in common" in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
 def test_compare_finds_a_regression_by_exit_status(profiled: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     earlier = str(profiled[0] / "a.json")
     same = run("--compare", earlier, earlier, cwd=tmp_path)
@@ -141,6 +173,7 @@ def test_compare_finds_a_regression_by_exit_status(profiled: tuple[Path, dict[st
         (["--dataset", "cifar10-lt", "--shards", "absent"], "no shards at absent"),
         (["--dataset", "cifar10-lt", "--repeats", "4"], "--repeats must be at least 5"),
         (["--dataset", "cifar10-lt", "--json", "absent/a.json"], "lies in a folder that does not exist"),
+        (["--dataset", "cifar10-lt", "--json", "/sys/a.json"], "--json /sys/a.json cannot be written there"),
         (["--dataset", "cifar10-lt", "--plot", "a.gif"], "--plot writes .png or .svg, not 'a.gif'"),
         (["--dataset", "cifar10-lt", "--set", "speed=1"], "unknown setting 'speed'"),
         (["--dataset", "cifar10-lt", "--shards", "SHARDS", "--arch", "vgg"], "unknown arch 'vgg'"),
@@ -167,7 +200,7 @@ def test_an_interruption_leaves_nothing_half_written(make_shards: Any, tmp_path:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.splitlines() == ["interrupted: a file that was not finished is as it was before"]
+    assert err.splitlines()[1:] == ["interrupted: a file that was not finished is as it was before"]
     assert (tmp_path / "a.json").read_text() == "as before"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
@@ -190,6 +223,7 @@ def test_the_command_is_known_before_torch_is(tmp_path: Path) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from bce3s.cli import app; "
         "found = CliRunner().invoke(app, ['profile', '--help']); assert found.exit_code == 0 and '--compare' in found.output; "
+        "assert 'pages' in found.output; "
         "loaded = {'torch', 'nvidia.dali', 'matplotlib'} & set(sys.modules); assert not loaded, loaded"
     )
     found = subprocess.run(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bce3s.throughput.compare import compare_rows, differences, lost_rows, read_profile
+from bce3s.throughput.compare import compare_rows, differences, lost_rows, needed_rows, read_profile
 from bce3s.throughput.rows import Row
 from pipelines.types import UserError
 
@@ -43,7 +43,12 @@ def test_only_rows_measured_in_both_are_compared_and_lost_ones_are_named() -> No
     before = [row(1.0), row(2.0, key="step.channels_last"), Row(key="step.graph", reason="needs a CUDA device")]
     after = [row(1.0), Row(key="step.channels_last", reason="out of memory"), row(3.0, key="step.graph")]
     assert [change.key for change in compare_rows(before, after, 0.05)] == ["loader"]
-    assert lost_rows(before, after) == ["step (eager, channels-last)"]
+    assert [lost.name for lost in lost_rows(before, after)] == ["step (eager, channels-last)"]
+
+
+def test_end_to_end_and_the_path_of_the_earlier_run_are_needed() -> None:
+    assert needed_rows({"verdict": {"path": ["loader", "step.contiguous"]}}) == {"together.real", "loader", "step.contiguous"}
+    assert needed_rows({"verdict": None}) == needed_rows({}) == {"together.real"}
 
 
 def test_what_makes_two_profiles_hard_to_compare_is_said() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bce3s.throughput.page_cache import drop, resident_share
 from bce3s.throughput.storage import EncodedReader, storage_rows, warm_ids
 from bce3s.throughput.timing import Budget
 from bce3s.throughput.workload import Workload
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, StreamConfig
 from pipelines.format import ShardSet, open_shards
 
 CONFIG = TrainConfig(dataset="cifar10-lt", device="cpu", data=DataConfig(batch_size=16), model=ModelConfig(arch="resnet20-cifar"))
@@ -96,8 +97,51 @@ def test_a_shard_cut_short_is_a_row_not_measured(make_shards: Any, tmp_path: Pat
     assert all("was cut short while it was read" in row.reason for row in rows)
 
 
-def test_the_warm_row_reads_the_start_of_the_order(make_shards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loader", ["dali", "webdataset"])
+def test_storage_rows_read_what_the_loader_draws_from_both_streams(make_shards: Any, loader: str) -> None:
+    # A buffer of fewer shards than there are makes webdataset's order one of its own.
+    shards = make_shards()
+    buffer_bytes = 2 * int(shards.split("train").shard_bytes.max())
+    data = replace(CONFIG.data, loader=loader, num_threads=1, stream=StreamConfig(buffer_bytes=buffer_bytes))
+    workload = Workload(replace(CONFIG, data=data), shards)
+    opened = workload.loader()
+    drawn = [batch.ids_S for batch in opened.epoch(workload.first_epoch)]
+    opened.close()
+    assert workload.epoch_ids().tolist() == np.concatenate(drawn).tolist()
+    assert len(workload.epoch_ids()) == 2 * len(workload.split)
+
+
+def test_the_start_of_the_order_is_warmed_as_far_as_memory_goes(make_shards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     workload = Workload(CONFIG, make_shards())
-    order = workload.first_ids()
-    monkeypatch.setattr("bce3s.throughput.storage.WARM_BYTES", int(workload.split.sizes_N[order[:10]].sum()))
-    assert warm_ids(workload).tolist() == order[:10].tolist()
+    order = workload.epoch_ids()
+    assert warm_ids(workload).tolist() == order.tolist()  # much less than half of any memory
+    count = next(i for i in range(2, len(order)) if order[i] in order[:i])  # an image drawn again is in memory already
+    held_bytes = int(workload.split.sizes_N[order[:count]].sum())
+    monkeypatch.setattr("bce3s.throughput.storage.memory_bytes", lambda field: {"MemAvailable": 2 * held_bytes}[field])
+    warm = warm_ids(workload)
+    assert warm[: count + 1].tolist() == order[: count + 1].tolist()
+    assert int(workload.split.sizes_N[np.unique(warm)].sum()) == held_bytes
+
+
+def test_every_image_of_the_epoch_is_in_memory_for_the_later_rows(
+    make_shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However short the samples are: a warm row of a few images must not leave the others on the disk."""
+    workload = Workload(CONFIG, copy_shards(make_shards(), tmp_path))
+    drop(workload.split.paths)
+    if resident_share(workload.split.paths) > 0:
+        pytest.skip(f"the file system of {tmp_path} keeps its pages in memory")
+    found: set[tuple[str, int]] = set()
+    real = os.preadv
+
+    def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        found.add((os.readlink(f"/proc/self/fd/{descriptor}"), offset))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr("bce3s.throughput.storage._READS_A_TURN", 1)
+    rows = storage_rows(workload, Budget(repeats=5, seconds=1e-6))  # a sample is 16 images
+    next(rows)
+    monkeypatch.setattr(os, "preadv", read)
+    assert next(rows).rates
+    assert len(found) == len(workload.split)
+    assert resident_share(workload.split.paths) > 0.9
