@@ -40,9 +40,10 @@ def choose_loader(config: DataConfig, shards: ShardSet, device: torch.device) ->
     Streamed shards can only be streamed. Where DALI is missing FFCV decodes, if the shards have betons. A decoded set that fits is kept:
     nothing is faster. Else DALI decodes, on the GPU where there is one.
     """
+    if is_streamed(shards) and config.loader == "auto":
+        return LoaderChoice(name="webdataset", reason="shards at a URL", streamed=True)
     if is_streamed(shards):
-        asked = config.loader != "auto"
-        return LoaderChoice(name=config.loader if asked else "webdataset", reason="as configured" if asked else "a URL", streamed=True)
+        return LoaderChoice(name=config.loader, reason="as configured", streamed=True)
     needed, room = decoded_bytes(shards, config), free_bytes(device)
     fits = needed <= room * _SHARE
     if config.loader != "auto":
