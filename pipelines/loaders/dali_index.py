@@ -26,7 +26,7 @@ import torch
 
 from pipelines.augment.pixel_ops import upload
 from pipelines.format.reader import ShardSplit
-from pipelines.loaders.dali import crop_encoded, explain_dali, take_tensor
+from pipelines.loaders.dali_decoder import crop_encoded, explain_dali, take_tensor
 from pipelines.loaders.dali_package import fn, types
 from pipelines.loaders.dali_pipeline import new_pipeline
 from pipelines.loaders.damage import SampleGuard

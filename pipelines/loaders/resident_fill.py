@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pipelines.format.touch import read_ahead
-from pipelines.loaders.dali import explain_dali
+from pipelines.loaders.dali_decoder import explain_dali
 from pipelines.loaders.dali_package import ReleaseUnusedMemory, fn, types
 from pipelines.loaders.dali_pipeline import Feed, ScheduledPipeline, new_pipeline
 from pipelines.loaders.damage import SampleGuard, damaged_samples, tiny_jpeg

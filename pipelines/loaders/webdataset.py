@@ -20,7 +20,7 @@ import torch
 from pipelines.format import ShardSplit
 from pipelines.format.origin import ByteArray, Ending
 from pipelines.loaders.block_order import BlockOrder, ShardUse
-from pipelines.loaders.dali import DaliDecoder
+from pipelines.loaders.dali_decoder import DaliDecoder
 from pipelines.loaders.damage import SampleGuard
 from pipelines.loaders.plan import BatchPlan, train_plans
 from pipelines.loaders.planned import PixelRequest, split_geometry, stand_ins
