@@ -81,7 +81,7 @@ def assert_equal_weights(first: Path, second: Path) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [loss if loss == "bce3s" else pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES])
 def test_every_loss_learns_the_small_set(make_shards: Any, tmp_path: Path, loss: str) -> None:
     config = replace(CONFIG, epochs=8, eval_every=8, loss=LossConfig(name=loss))
     trainer = Trainer(config, make_shards(train=(60, 40, 30, 20)), tmp_path / "run", console())
@@ -138,7 +138,7 @@ def test_a_run_leaves_a_whole_record(make_shards: Any, tmp_path: Path) -> None:
     assert Path(environment["shards"]) == shards.root
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(make_shards: Any, tmp_path: Path, stop_after: int) -> None:
     train(CONFIG, make_shards(), tmp_path / "whole")
     train(CONFIG, make_shards(), tmp_path / "parts", stop_after=stop_after)

@@ -224,7 +224,7 @@ def real_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "factor", "total", "num_classes"),
-    [("cifar10-lt", 100, 12406, 10), ("cifar10-lt", 10, 20431, 10), ("cifar100-lt", 100, 10847, 100)],
+    [("cifar10-lt", 100, 12406, 10), pytest.param("cifar10-lt", 10, 20431, 10, marks=pytest.mark.slow), ("cifar100-lt", 100, 10847, 100)],
 )
 def test_real_cifar(real_cifar: Path, name: str, factor: float, total: int, num_classes: int) -> None:
     dataset = _open(real_cifar, name, imbalance_factor=factor)

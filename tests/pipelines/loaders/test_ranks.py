@@ -57,7 +57,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("loader", ["dali", "resident"])
+@pytest.mark.parametrize("loader", ["dali", pytest.param("resident", marks=pytest.mark.slow)])
 def test_two_gloo_ranks_share_the_batches_of_one(make_shards: Any, tmp_path: Path, loader: str) -> None:
     root, out = make_shards(size=(48, 48), extension="jpg").root, tmp_path / "seen.npz"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
