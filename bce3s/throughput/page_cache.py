@@ -47,11 +47,11 @@ def drop(paths: Sequence[Path]) -> None:
             os.close(descriptor)
 
 
-def memory_bytes(field: str) -> int:
-    """A line of /proc/meminfo, such as "MemTotal" or "MemAvailable", in bytes; 0 where there is none."""
+def total_memory_bytes() -> int:
+    """Memory of the machine, which is as much page cache as there can be; 0 where it is not told."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    found = [line.split()[1] for line in lines if line.startswith("MemTotal:")]
     return int(found[0]) << 10 if found else 0

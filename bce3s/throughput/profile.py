@@ -13,7 +13,7 @@ import numpy as np
 from bce3s.step import TrainStep
 from bce3s.throughput.copies import copy_rows
 from bce3s.throughput.decode import gpu_decode_rows, host_decode_rows, host_read_rows
-from bce3s.throughput.page_cache import memory_bytes, resident_share
+from bce3s.throughput.page_cache import resident_share, total_memory_bytes
 from bce3s.throughput.rows import NAMES, NEEDS_CUDA, Row, complete
 from bce3s.throughput.step_parts import forward_flops, part_rows
 from bce3s.throughput.step_rows import STEP_SKIPPED, build_steps, graph_row, measured_peak, with_mfu
@@ -182,7 +182,7 @@ def facts_of(workload: Workload) -> Facts:
         num_cores=len(sched_getaffinity(0)),
         streamed=workload.is_streamed,
         resident_fits=workload.choice.resident_fits,
-        fits_page_cache=int(split.shard_bytes.sum()) < 0.8 * memory_bytes("MemTotal"),
+        fits_page_cache=int(split.shard_bytes.sum()) < 0.8 * total_memory_bytes(),
         stored_side=float(np.median(np.minimum(split.heights_N, split.widths_N))),
         needed_side=config.image_size / config.augment.eval_crop,
     )

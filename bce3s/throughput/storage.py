@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from bce3s.throughput.page_cache import drop, memory_bytes, resident_share
+from bce3s.throughput.page_cache import drop, resident_share
 from bce3s.throughput.rows import Row
 from bce3s.throughput.timing import MEASURED_FAILURES, Budget, Probe, reason_of, sample
 from bce3s.throughput.workload import Workload
 from pipelines.format import ShardSplit
+from pipelines.loaders.resident_size import free_host_bytes
 from pipelines.types import IntArray
 
 READS_IN_FLIGHT = 16
@@ -122,7 +123,7 @@ def _warm(split: ShardSplit, ids_N: IntArray) -> str:
 
 def warm_ids(workload: Workload) -> IntArray:
     """int64 [E]: what the first measured epoch draws, up to as many different images as fit half of the memory that is free."""
-    ids_N, room_bytes = workload.epoch_ids(), int(_WARM_SHARE * memory_bytes("MemAvailable"))
+    ids_N, room_bytes = workload.epoch_ids(), int(_WARM_SHARE * free_host_bytes())
     is_first_N = np.zeros(len(ids_N), np.bool_)
     is_first_N[np.unique(ids_N, return_index=True)[1]] = True  # drawn again, an image takes no more room
     held_bytes_N = np.cumsum(np.where(is_first_N, workload.split.sizes_N[ids_N], 0), dtype=np.int64)

@@ -117,7 +117,7 @@ def test_the_start_of_the_order_is_warmed_as_far_as_memory_goes(make_shards: Any
     assert warm_ids(workload).tolist() == order.tolist()  # much less than half of any memory
     count = next(i for i in range(2, len(order)) if order[i] in order[:i])  # an image drawn again is in memory already
     held_bytes = int(workload.split.sizes_N[order[:count]].sum())
-    monkeypatch.setattr("bce3s.throughput.storage.memory_bytes", lambda field: {"MemAvailable": 2 * held_bytes}[field])
+    monkeypatch.setattr("bce3s.throughput.storage.free_host_bytes", lambda: 2 * held_bytes)
     warm = warm_ids(workload)
     assert warm[: count + 1].tolist() == order[: count + 1].tolist()
     assert int(workload.split.sizes_N[np.unique(warm)].sum()) == held_bytes

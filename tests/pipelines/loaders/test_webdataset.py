@@ -23,7 +23,6 @@ from tests.object_store import S3, running_s3, use
 from tests.pipelines.loaders.streams import (
     CONFIG,
     CPU,
-    MakeShards,
     assert_same,
     buffer_of,
     collect,
@@ -32,13 +31,7 @@ from tests.pipelines.loaders.streams import (
     order_of,
     source_of,
     stream_from,
-    streamed_shards,
 )
-
-
-@pytest.fixture(scope="module")
-def shards(make_shards: MakeShards) -> ShardSet:
-    return streamed_shards(make_shards)
 
 
 @pytest.fixture

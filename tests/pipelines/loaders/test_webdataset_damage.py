@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +16,12 @@ from pipelines.format import ShardSet
 from pipelines.types import DamagedSampleError
 from tests.nginx import running_nginx
 from tests.pipelines.loaders.streams import (
-    MakeShards,
     collect,
     instance_ids,
     shard_names,
     shard_warnings,
     stream_from,
-    streamed_shards,
 )
-
-
-@pytest.fixture(scope="module")
-def shards(make_shards: MakeShards) -> ShardSet:
-    return streamed_shards(make_shards)
-
-
-@pytest.fixture
-def folder(shards: ShardSet, tmp_path: Path) -> Path:
-    """A copy to be hurt."""
-    return Path(shutil.copytree(shards.root, tmp_path / "shards"))
 
 
 def hurt(folder: Path, sample_ids: list[int], *, middle: bool = False, tables: bool = False) -> None:

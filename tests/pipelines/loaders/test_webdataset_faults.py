@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from pipelines.types import ShardError
 from tests.nginx import breaking_line, running_nginx
 from tests.object_store import running_s3, stalling_line, use
 from tests.pipelines.loaders.streams import (
-    MakeShards,
     assert_same,
     collect,
     instance_ids,
@@ -28,19 +26,7 @@ from tests.pipelines.loaders.streams import (
     shard_names,
     shard_warnings,
     stream_from,
-    streamed_shards,
 )
-
-
-@pytest.fixture(scope="module")
-def shards(make_shards: MakeShards) -> ShardSet:
-    return streamed_shards(make_shards)
-
-
-@pytest.fixture
-def folder(shards: ShardSet, tmp_path: Path) -> Path:
-    """A copy to be hurt."""
-    return Path(shutil.copytree(shards.root, tmp_path / "shards"))
 
 
 @pytest.fixture(autouse=True)
