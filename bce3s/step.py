@@ -57,7 +57,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.precision == "fp16")
         self.features = torch.compile(model.features) if config.compile else model.features
         self._mean, self._std = channel_statistics(config.data.augment, placement.device)
-        self._generator = torch.Generator(placement.device)
+        self._draw_key = torch.zeros((), dtype=torch.int64, device=placement.device)
 
     def __call__(self, batch: Batch, num_steps: int) -> dict[str, Tensor]:
         """Trains on `batch`, step `batch.step` of `num_steps` of its epoch; returns detached loss terms and "total", float32 []."""
@@ -65,12 +65,14 @@ class TrainStep:
         output = self.evaluate_loss(self.views(batch), batch)
         self.backward(output.total)
         self.update()
+        if output.projections_BP is not None:
+            self.model.feature_memory.update(output.projections_BP, batch.labels_S.chunk(2)[0])
         return {"total": output.total.detach(), **output.terms}
 
     def schedule(self, batch: Batch, num_steps: int) -> None:
         """Sets the learning rate and the draws of this place in the run."""
         # The draw is keyed by place, so a resumed run continues with the same class subsets.
-        self._generator.manual_seed(derive_key(self.config.seed, batch.epoch, batch.step, Purpose.CLASS_SUBSET) >> 1)
+        self._draw_key.fill_(derive_key(self.config.seed, batch.epoch, batch.step, Purpose.CLASS_SUBSET) >> 1)
         rate = learning_rate_at(self.config.optimizer, self.config.epochs, batch.epoch + batch.step / num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -92,7 +94,8 @@ class TrainStep:
                 cutmix=MixedTargets(labels_B, partner_labels_B, batch.mix[1]),
                 heads=self.model,
                 epoch=batch.epoch,
-                generator=self._generator,
+                batch_labels_G=labels_B,
+                draw_key=self._draw_key,
             )
             return self.loss(inputs)
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from torch import Tensor
 
 from bce3s.config import LossConfig
-from bce3s.losses.seam import Heads, Loss, LossInputs, LossOutput, MixedTargets
+from bce3s.losses.seam import Heads, Loss, LossInputs, LossOutput, MixedTargets, Phase, Share
 from pipelines.config import require_choice
 
 LOSSES: dict[str, str] = {
@@ -20,7 +20,7 @@ LOSSES: dict[str, str] = {
     "ce": "bce3s.losses.ce:CELoss",
 }
 
-__all__ = ["LOSSES", "Heads", "Loss", "LossInputs", "LossOutput", "MixedTargets", "build_loss"]
+__all__ = ["LOSSES", "Heads", "Loss", "LossInputs", "LossOutput", "MixedTargets", "Phase", "Share", "build_loss"]
 
 
 def build_loss(config: LossConfig, class_counts_K: Tensor) -> Loss:

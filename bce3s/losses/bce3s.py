@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bce3s.config import LossConfig
-from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets
+from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets, Phase
 
 
 def widened(values: Tensor) -> Tensor:
@@ -60,19 +60,25 @@ def source_bce(logits_BK: Tensor, labels_B: Tensor, class_mask_K: Tensor, logit_
     return (negatives_B - z_B).mean()
 
 
-def draw_class_subset(labels_B: Tensor, num_classes: int, negative_ratio: float, generator: torch.Generator | None = None) -> Tensor:
+def draw_class_subset(labels_G: Tensor, num_classes: int, negative_ratio: float, draw_key: Tensor) -> Tensor:
     """Bool [K]: every class present in the batch, filled up at random to negative_ratio·K (traps.md A1: present classes are never dropped).
 
     Shapes do not depend on the labels and nothing is read back: all classes are ranked, the present ones first.
     """
-    device = labels_B.device
-    present_K = torch.zeros(num_classes, dtype=torch.bool, device=device).index_fill_(0, labels_B, True)
+    present_K = torch.zeros(num_classes, dtype=torch.bool, device=labels_G.device).index_fill_(0, labels_G, True)
     if negative_ratio >= 1.0:
         return torch.ones_like(present_K)
-    draws_K = torch.rand(num_classes, device=device, generator=generator)
-    order_K = torch.where(present_K, -1.0, draws_K).argsort()
+    order_K = torch.where(present_K, -1, class_draws(draw_key, num_classes)).argsort()
     chosen_K = torch.zeros_like(present_K).index_fill_(0, order_K[: int(num_classes * negative_ratio)], True)
     return chosen_K | present_K
+
+
+def class_draws(draw_key: Tensor, num_classes: int) -> Tensor:
+    """int64 [K] ≥ 0, random: two rounds of a multiply-xorshift mixer of (key, class), the same on every device and rank."""
+    values_K = (torch.arange(1, num_classes + 1, device=draw_key.device) * -7046029254386353131) + draw_key
+    for _ in range(2):
+        values_K = (values_K ^ ((values_K >> 31) & 0x1FFFFFFFF)) * -4658895280553007687
+    return values_K >> 1 & 0x3FFFFFFFFFFFFFFF
 
 
 def contrastive_bce(
@@ -93,7 +99,7 @@ def uniform_bce(normalized_weight_KD: Tensor) -> Tensor:
 class BCE3SLoss:
     """L = L_sc + contrastive_weight·L_ss + uniform_weight·L_cc.
 
-    The contrastive term reads the memory of the step before, then the memory takes the source view's projections; during
+    The contrastive term reads the memory of the step before; the step then writes the source view's projections into it. During
     `contrastive_warmup_epochs` it is only filled.
     """
 
@@ -108,13 +114,20 @@ class BCE3SLoss:
             return {}
         return {"uniform": math.log1p(math.exp(-1.0)) + (num_classes - 1) * math.log1p(math.exp(-1.0 / (num_classes - 1)))}
 
+    def phase(self, epoch: int) -> Phase:
+        """See `Loss`."""
+        if not self.config.contrastive_weight:
+            return Phase("full", trains_projector=False)
+        warming = epoch < self.config.contrastive_warmup_epochs
+        return Phase("warm-up" if warming else "full", trains_projector=not warming)
+
     def __call__(self, inputs: LossInputs, class_mask_K: Tensor | None = None) -> LossOutput:
         """See `Loss`; `class_mask_K`, bool [K], replaces the drawn class subset."""
         config, classifier, labels_B = self.config, inputs.heads.classifier, inputs.mixup.labels_B
         logits_VK = classifier(inputs.features_VD)
         source_BK, mixup_BK, cutmix_BK = logits_VK.chunk(3)
         if class_mask_K is None:
-            class_mask_K = draw_class_subset(labels_B, logits_VK.shape[1], config.negative_ratio, inputs.generator)
+            class_mask_K = draw_class_subset(inputs.batch_labels_G, logits_VK.shape[1], config.negative_ratio, inputs.draw_key)
         joint = (
             source_bce(source_BK, labels_B, class_mask_K, config.logit_clamp)
             + mixed_bce(mixup_BK, inputs.mixup, config.logit_clamp)
@@ -124,27 +137,21 @@ class BCE3SLoss:
         if config.uniform_weight:
             uniform = uniform_bce(classifier.normalized_weight())
             total, terms["uniform"] = total + config.uniform_weight * uniform, uniform.detach()
+        projections_BP = None
         if config.contrastive_weight and inputs.epoch < config.contrastive_warmup_epochs:
-            self._fill_memory(inputs)
+            with torch.no_grad():
+                projections_BP = inputs.heads.projector(inputs.features_VD[: len(labels_B)])
         elif config.contrastive_weight:
-            contrastive = self._contrastive(inputs)
+            contrastive, projections_BP = self._contrastive(inputs)
             total, terms["contrastive"] = total + config.contrastive_weight * contrastive, contrastive.detach()
-        return LossOutput(total, terms)
+        return LossOutput(total, terms, projections_BP)
 
-    def _contrastive(self, inputs: LossInputs) -> Tensor:
-        """The term against the memory of the step before; the memory is updated afterwards."""
+    def _contrastive(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        """The term against the memory of the step before, and the projections [B, P] that the memory takes next."""
         config, memory = self.config, inputs.heads.feature_memory
         source_BP, mixup_BP, cutmix_BP = inputs.heads.projector(inputs.features_VD).chunk(3)
-        # Copies: autograd still needs the old rows after the update has written them in place.
-        rows_KP, filled_K = memory.normalized(), memory.filled_K.clone()
+        rows_KP, filled_K = memory.normalized(), memory.filled_K
         term = contrastive_bce(mixup_BP, rows_KP, inputs.mixup, config.temperature, config.logit_clamp, filled_K) + contrastive_bce(
             cutmix_BP, rows_KP, inputs.cutmix, config.temperature, config.logit_clamp, filled_K
         )
-        memory.update(source_BP.detach(), inputs.mixup.labels_B)
-        return term
-
-    @staticmethod
-    @torch.no_grad()
-    def _fill_memory(inputs: LossInputs) -> None:
-        labels_B = inputs.mixup.labels_B
-        inputs.heads.feature_memory.update(inputs.heads.projector(inputs.features_VD[: len(labels_B)]), labels_B)
+        return term, source_BP.detach()

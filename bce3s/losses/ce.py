@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bce3s.config import LossConfig
-from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets
+from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets, Phase
 
 
 class CELoss:
@@ -19,6 +19,10 @@ class CELoss:
     def floors(self, num_classes: int) -> dict[str, float]:
         """See `Loss`."""
         return {}
+
+    def phase(self, epoch: int) -> Phase:
+        """See `Loss`."""
+        return Phase("full", trains_projector=False)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """See `Loss`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -24,10 +23,36 @@ class MixedTargets:
 
 
 class LossOutput(NamedTuple):
-    """`total`, float32 [], is what is differentiated; `terms` are detached float32 [] for the log, before their weights."""
+    """What a loss gives back.
+
+    Args:
+        total: float32 [], what is differentiated.
+        terms: detached float32 [] for the log, before their weights.
+        projections_BP: of the source view, detached, which the step writes into the feature memory once the whole batch is done; None
+            where the loss keeps none.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
+    projections_BP: Tensor | None = None
+
+
+class Phase(NamedTuple):
+    """A stretch of epochs in which a loss computes the same thing: one captured graph, one set of parameters with gradients."""
+
+    name: str
+    trains_projector: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of `count` equal parts of the step's batch this is: ranks times micro-batches.
+
+    The totals of all parts are averaged. A term that does not depend on the batch may compute its part number `index` only, times `count`.
+    """
+
+    index: int = 0
+    count: int = 1
 
 
 class Classifier(Protocol):
@@ -59,10 +84,6 @@ class FeatureMemory(Protocol):
         """L2-normalised rows [K, P], float32; zeros where a class is not filled."""
         ...
 
-    def update(self, projections_BP: Tensor, labels_B: Tensor) -> None:
-        """Stores the last projection of each class of the batch."""
-        ...
-
 
 class Heads(Protocol):
     """What a loss may use of the model beside the features."""
@@ -85,15 +106,18 @@ class Heads(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """What one step hands to its loss.
+    """What one step hands to its loss: one share of the batch.
 
     Args:
         features_VD: [3B, D], the views source, mixup and cutmix one after the other.
         mixup: target of the mixup view; its `labels_B` are the labels of the source view.
         cutmix: target of the cutmix view.
         heads: of the model.
-        epoch: from 0.
-        generator: on the features' device, for losses that sample; None is torch's global one.
+        epoch: from 0; only its phase may matter.
+        batch_labels_G: int64 [G], labels of the source view of the whole batch, over all shares.
+        draw_key: int64 [] on the features' device, a number of its own for every step and the same on every rank: what a loss draws is a
+            function of it, so that nothing depends on a generator's state.
+        share: which part of the batch this is.
     """
 
     features_VD: Tensor
@@ -101,7 +125,9 @@ class LossInputs:
     cutmix: MixedTargets
     heads: Heads
     epoch: int
-    generator: torch.Generator | None = None
+    batch_labels_G: Tensor
+    draw_key: Tensor
+    share: Share = Share()
 
 
 class Loss(Protocol):
@@ -109,6 +135,10 @@ class Loss(Protocol):
 
     def floors(self, num_classes: int) -> dict[str, float]:
         """The least value each term can reach at K classes, where it is known and not 0; sums over classes have large ones."""
+        ...
+
+    def phase(self, epoch: int) -> Phase:
+        """What the loss computes in `epoch`, from 0."""
         ...
 
     def __call__(self, inputs: LossInputs) -> LossOutput:

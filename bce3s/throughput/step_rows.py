@@ -82,8 +82,6 @@ def graph_row(workload: Workload, batch: Batch, budget: Budget) -> Row:
                 step(batch, 1)
         torch.cuda.current_stream(workload.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        if hasattr(graph, "register_generator_state"):  # the draws of a generator that the graph does not know cannot be captured
-            graph.register_generator_state(step._generator)
         step.schedule(batch, 1)
         with torch.cuda.graph(graph):
             step.backward(step.evaluate_loss(step.views(batch), batch).total)
