@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 from bce3s.throughput.command import profile, resolve_config
-from pipelines.datasets import DATASETS, shot_groups
-from pipelines.types import ConfigError, ShardError, UserError
-
-if TYPE_CHECKING:
-    from bce3s.config import TrainConfig
-    from bce3s.train import RunResult, Trainer
+from pipelines.datasets import DATASETS
+from pipelines.types import ShardError, UserError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train long-tailed image recognisers, fast."
@@ -43,6 +39,10 @@ def fast_train(
     precision: Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Several runs, one a seed: 0,1,2; reports mean and standard deviation.")] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits every time, also on CUDA; slower.")] = False,
+    checkpoint_every: Annotated[str | None, typer.Option(help="How often to save: 500steps, 1epoch, 10m, 1h.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Checkpoints that stay.")] = None,
     on_error: Annotated[str | None, typer.Option(help="A sample that does not decode any more: stop, or skip it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out; starts it if there is none.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where --out holds a run.")] = False,
@@ -51,78 +51,27 @@ def fast_train(
 ) -> None:
     """Train on shards, evaluate, and write the run to --out."""
     from bce3s.config import to_json
+    from bce3s.launch import Launch, launch
+    from bce3s.seeds import parse_seeds
 
     flags = {"loss.name": loss, "model.arch": arch, "data.loader": loader, "data.batch_size": batch_size, "optimizer.learning_rate": lr}
     flags |= {"data.on_error": on_error}
     flags |= {"epochs": epochs, "precision": precision, "device": device, "seed": seed}
+    flags |= {"checkpoint.every": checkpoint_every, "checkpoint.keep": keep, "deterministic": deterministic or None}
     config = resolve_config(dataset, recipe, {path: value for path, value in flags.items() if value is not None}, settings or [])
     if print_config:
         typer.echo(to_json(config))
         return
-    folder = out or Path("runs") / f"{dataset}-{config.loss.name}-{config.model.arch}-s{config.seed}"
-    _train(config, shards or Path("shards") / dataset, folder, resume=resume, overwrite=overwrite)
-
-
-def _train(config: TrainConfig, shards: Path | str, out: Path, *, resume: bool, overwrite: bool) -> None:
-    from dataclasses import replace
-
-    from bce3s.train import LAST_CHECKPOINT, Trainer, saved_loader
-    from pipelines.config import require_choice
-    from pipelines.format import open_shards
-    from pipelines.format.bus_error import explain_bus_errors_of
-    from pipelines.loaders import LOADERS, MADE_UP_PIXELS
-
-    require_choice("loader", config.data.loader, ("auto", *LOADERS))
-    if resume and overwrite:
-        raise ConfigError("--resume continues a run and --overwrite starts it anew: give one of them")
-    console = Console()
-    has_run = (out / LAST_CHECKPOINT).exists()
-    if has_run and not (resume or overwrite):
-        raise ConfigError(f"{out} holds a run already; add --resume to continue it, --overwrite to start anew, or choose another --out")
-    if has_run and resume and config.data.loader == "auto":
-        config = replace(config, data=replace(config.data, loader=saved_loader(out)))
-    opened = open_shards(shards)
-    explain_bus_errors_of(opened.root)
-    trainer = Trainer(config, opened, out, console)
-    try:
-        done = trainer.resume() if has_run and resume else 0
-        placement, choice = trainer.placement, trainer.loader_choice
-        console.print(
-            f"{config.loss.name} with {config.model.arch} on {config.dataset} ({int(trainer.train_counts_K.sum()):,} training images, "
-            f"{len(trainer.train_counts_K)} classes); loader {choice.name} ({'as before' if done else choice.reason}); "
-            f"{placement.device}, {placement.precision}" + (f"; continuing after epoch {done}" if done else ""),
-            highlight=False,
-            soft_wrap=True,
-        )
-        if choice.name in MADE_UP_PIXELS:
-            console.print(
-                f"loader '{choice.name}' is for measuring: its pixels are not those of the labels, so accuracies mean nothing",
-                soft_wrap=True,
-            )
-        result = trainer.fit()
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted after epoch {trainer.state.epochs_done}: the same command with --resume continues there", soft_wrap=True
-        )
-        raise typer.Exit(130) from None
-    finally:
-        trainer.close()
-    _print_result(console, trainer, result)
-
-
-def _print_result(console: Console, trainer: Trainer, result: RunResult) -> None:
-    from bce3s.progress import accuracy_table
-
-    rows = {
-        "last epoch": result.last,
-        "last epoch, flip TTA": result.last_flip_tta,
-        f"best epoch on {result.selection_split} ({result.best_epoch + 1})": result.best,
-    }
-    sizes = {name: int(members.sum()) for name, members in shot_groups(trainer.train_counts_K).items()}
-    caption = f"{sizes['many']} many-, {sizes['medium']} medium-, {sizes['few']} few-shot classes; {result.last.num_images:,} images"
-    console.print(accuracy_table(f"{result.report_split} split", rows, caption))
-    console.print(f"{result.images_per_s:.0f} source images/s in training, data wait {result.data_wait_share:.0%}", highlight=False)
-    console.print(f"run: {trainer.out}   evaluate again: bce3s evaluate {trainer.out}", highlight=False, soft_wrap=True)
+    name = f"{dataset}-{config.loss.name}-{config.model.arch}"
+    asked = Launch(
+        shards=shards or Path("shards") / dataset,
+        out=out or Path("runs") / (name if seeds else f"{name}-s{config.seed}"),
+        resume=resume,
+        overwrite=overwrite,
+        seeds=parse_seeds(seeds) if seeds else (),
+        arguments=sys.argv[1:],
+    )
+    launch(config, asked)
 
 
 app.command("profile")(profile)
@@ -148,7 +97,7 @@ def evaluate_run(
     from bce3s.evaluate import evaluate
     from bce3s.progress import accuracy_table
     from bce3s.runlog import ENVIRONMENT_FILE, read_json
-    from bce3s.train import load_run
+    from bce3s.train import BEST_CHECKPOINT, load_run, newest_checkpoint
     from pipelines.config import require_choice
     from pipelines.format import open_shards
     from pipelines.format.bus_error import explain_bus_errors_of
@@ -157,8 +106,8 @@ def evaluate_run(
 
     require_choice("split", split, ("val", "test"))
     require_choice("checkpoint", checkpoint, ("last", "best"))
-    path = run / f"{checkpoint}.pt"
     recorded = read_json(run / ENVIRONMENT_FILE)
+    path = newest_checkpoint(run) if checkpoint == "last" else run / BEST_CHECKPOINT
     state = load_checkpoint(path, resolve_device(device))
     location = shards or recorded["shards"]
     if shards is None and not is_remote(location) and not Path(location).is_dir():
@@ -177,7 +126,7 @@ def evaluate_run(
         counts_K, augment = np.array(state["train_counts"]), config.data.augment
         figures = evaluate(model, data, counts_K, augment, placement, flip_tta=True, on_step=lambda: progress.advance(task))
     data.close()
-    rows = {f"{checkpoint} epoch ({state['epochs_done']})": figures["plain"], f"{checkpoint} epoch, flip TTA": figures["flip_tta"]}
+    rows = {f"{checkpoint} epoch ({state['cursor']['epoch']})": figures["plain"], f"{checkpoint} epoch, flip TTA": figures["flip_tta"]}
     if json_output:
         typer.echo(json.dumps({name: accuracy.to_dict() for name, accuracy in rows.items()}, indent=1))
     else:
@@ -193,8 +142,10 @@ def run_app(application: typer.Typer) -> None:
         sys.exit(2)
 
 
-def main() -> None:
-    """Entry point of the `bce3s` command."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `bce3s` command, and of a process that is to behave as if it had been given `arguments`."""
+    if arguments is not None:
+        sys.argv[1:] = arguments
     run_app(app)
 
 

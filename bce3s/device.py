@@ -68,19 +68,38 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_placement(config: TrainConfig) -> Placement:
+def resolve_placement(config: TrainConfig, local_rank: int = 0) -> Placement:
     """Device, precision and layout of a run. "auto" precision is bf16 where the hardware multiplies it, else fp32.
+
+    Args:
+        config: of the run.
+        local_rank: of this process on its machine; "auto" and "cuda" are the CUDA device of that number.
 
     Raises:
         BackendError: the device cannot be used, or fp16 is asked for on a CPU.
     """
     device = resolve_device(config.device)
+    if device.type == "cuda" and config.device in ("auto", "cuda") and local_rank:
+        device = resolve_device(f"cuda:{local_rank}")
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if _has_bf16(device) else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise BackendError("precision fp16 needs a GPU; take --precision bf16 or fp32 on a CPU")
     return Placement(device, precision, config.channels_last != "off")
+
+
+def apply_numerics(config: TrainConfig) -> None:
+    """Sets torch's process-wide switches: TF32, and kernels chosen for speed or for the same bits every time.
+
+    Must come before the first kernel: cuBLAS reads its workspace setting once.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.backends.cudnn.deterministic = config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bce3s.device import Placement
+from bce3s.distributed import ALONE, World
 from bce3s.metrics import Accuracy, accuracy_from_counts
 from pipelines.augment.mix import channel_statistics, normalise
 from pipelines.config import AugmentConfig
@@ -24,6 +25,7 @@ def evaluate(
     *,
     flip_tta: bool = False,
     on_step: Callable[[], None] = lambda: None,
+    world: World = ALONE,
 ) -> dict[str, Accuracy]:
     """Top-1 accuracies under "plain" and, if asked for, under "flip_tta" (logits averaged with those of the mirrored image).
 
@@ -35,6 +37,7 @@ def evaluate(
         placement: precision and device.
         flip_tta: also evaluate with flip test-time augmentation (traps.md A2: never the headline).
         on_step: called after each batch.
+        world: whose ranks hold equal models and evaluate their shares of the split; counts are summed, so the accuracies are exact.
     """
     was_training = model.training
     model.eval()
@@ -56,5 +59,7 @@ def evaluate(
             correct[name].scatter_add_(0, batch.labels_S, right_B)
         on_step()
     model.train(was_training)
+    for counts_K in (total_K, *correct.values()):
+        world.sum(counts_K)
     totals_K = total_K.cpu().numpy()
     return {name: accuracy_from_counts(counts_K.cpu().numpy(), totals_K, train_counts_K) for name, counts_K in correct.items()}

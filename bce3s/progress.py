@@ -20,9 +20,9 @@ SHOWN_TERMS = ("total", "joint", "contrastive", "uniform")
 class TrainingProgress:
     """Progress of all epochs in one bar: epoch, images/s, data-wait share, loss terms, last accuracy, time left."""
 
-    def __init__(self, console: Console, epochs: int, num_steps: int, first_epoch: int) -> None:
+    def __init__(self, console: Console, epochs: int, num_steps: int, steps_done: int) -> None:
         """Shows nothing until entered."""
-        self._console, self._epochs, self._first_epoch = console, epochs, first_epoch
+        self._console, self._epochs, self._first_epoch = console, epochs, steps_done / num_steps
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
@@ -36,7 +36,7 @@ class TrainingProgress:
             disable=not console.is_terminal,
             refresh_per_second=4,
         )
-        self._task = self._progress.add_task("", total=epochs * num_steps, completed=first_epoch * num_steps, rates="")
+        self._task = self._progress.add_task("", total=epochs * num_steps, completed=steps_done, rates="")
         self._started_s = time.perf_counter()
 
     def __enter__(self) -> TrainingProgress:
@@ -73,7 +73,7 @@ class TrainingProgress:
         if accuracy is not None:
             parts += [f"{name} {format_percent(value)}" for name, value in accuracy.headline().items() if name != "balanced"]
         if not self._console.is_terminal:
-            left_s = (time.perf_counter() - self._started_s) / (epoch + 1 - self._first_epoch) * (self._epochs - epoch - 1)
+            left_s = (time.perf_counter() - self._started_s) / max(epoch + 1 - self._first_epoch, 0.01) * (self._epochs - epoch - 1)
             parts.append(f"{left_s:.0f} s left")
         self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,23 +20,44 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Appends to metrics.jsonl, line by line.
+    """Appends to metrics.jsonl, line by line. A disk that is full does not end a run: its lines wait for room.
 
-    Lines have a "kind": "step" (means since the line before), "epoch" (accuracies) or "summary".
+    Lines have a "kind": "step" (means since the line before), "epoch" (accuracies), "broken" (where a loss was not finite) or "summary".
     """
 
-    def __init__(self, folder: Path, first_epoch: int) -> None:
-        """Opens the log of `folder`; lines of `first_epoch` and later, left by a run that died, are dropped."""
-        path = folder / METRICS_FILE
-        kept = read_metrics(folder) if first_epoch else []
-        kept = [line for line in kept if line.get("epoch", first_epoch) < first_epoch]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path | None, epoch: int, step: int, complain: Callable[[str], None]) -> None:
+        """Opens the log of `folder`, or none at all; lines from `step` of `epoch` on, left by a run that died, are dropped.
+
+        Args:
+            folder: of the run; None keeps no log.
+            epoch, step: done so far.
+            complain: told once when lines cannot be written.
+        """
+        self._complain, self._waiting, self._path = complain, "", None if folder is None else folder / METRICS_FILE
+        self._complained = False
+        if folder is None or self._path is None:
+            return
+        kept = [line for line in read_metrics(folder) if _is_before(line, epoch, step)] if epoch or step else []
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = self._path.open("ab", buffering=0)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one line."""
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        """Appends one line, or keeps it until there is room."""
+        if self._path is None:
+            return
+        self._waiting += json.dumps(line, allow_nan=False) + "\n"
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(self._waiting.encode()) < len(self._waiting.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._waiting = ""
+        except OSError as error:
+            self._file.truncate(end)  # half a line would hide all that follow it
+            if not self._complained:
+                self._complained = True
+                self._complain(
+                    f"NOT LOGGED: {self._path} cannot be written ({error.strerror}); its lines wait for room, and training goes on"
+                )
 
     def __enter__(self) -> RunLog:
         """Use as a context manager, so that the file is closed."""
@@ -40,7 +65,13 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._path is not None:
+            self._file.close()
+
+
+def _is_before(line: dict[str, Any], epoch: int, step: int) -> bool:
+    """Whether a log line is of what was done before `step` of `epoch`; a summary never is."""
+    return (line.get("epoch", math.inf), line.get("step", -1) + 1 if line["kind"] == "step" else math.inf) <= (epoch, step)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,81 +1,126 @@
-"""One training step: three views from one batch, features, loss, backward, update. Nothing is read back from the device."""
+"""One training step: three views from one batch, features, loss, backward, update, memory. Nothing is read back from the device.
+
+schedule ─→ [ views ─→ features, loss ─→ backward ] for each micro-batch ─→ update ─→ feature memory ─→ weight average
+"""
 
 from __future__ import annotations
 
-import math
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from bce3s.config import OptimizerConfig, TrainConfig
+from bce3s.config import TrainConfig
 from bce3s.device import Placement
-from bce3s.losses import Loss, LossInputs, LossOutput, MixedTargets
+from bce3s.distributed import ALONE, World, synced_batch_norm
+from bce3s.graph import GraphedStep
+from bce3s.losses import Loss, LossInputs, LossOutput, MixedTargets, Phase, Share
 from bce3s.models import Recogniser
+from bce3s.optimizers import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
+from bce3s.weight_average import WeightAverage
 from pipelines.augment.mix import channel_statistics, mix_views
 from pipelines.randomness import Purpose, derive_key
-from pipelines.types import Batch
+from pipelines.types import Batch, ConfigError
 
-
-def learning_rate_at(config: OptimizerConfig, epochs: int, progress: float) -> float:
-    """The rate at `progress` epochs: linear warm-up over at most half of the epochs, then a half cosine to 0 at `epochs`.
-
-    With `schedule` "epoch" the rate is constant within an epoch, as in the reference, which also steps its schedule before the first
-    epoch (traps.md A7: its last epoch runs at rate 0); here epoch e runs at the rate of its start, and warm-up at that of its end.
-    """
-    warmup = min(config.warmup_epochs, epochs / 2)
-    if config.schedule == "epoch":
-        progress = math.floor(progress)
-        if progress < warmup:
-            return config.learning_rate * min(1.0, (progress + 1) / warmup)
-    if progress < warmup:
-        return config.learning_rate * progress / warmup
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (progress - warmup) / (epochs - warmup))))
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
-    """Fused SGD; norms and biases in a group of their own if they are spared weight decay."""
-    spared = [] if config.decay_norm_and_bias else [p for p in model.parameters() if p.ndim <= 1]
-    decayed = [p for p in model.parameters() if config.decay_norm_and_bias or p.ndim > 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-    if config.momentum:
-        # Momenta start as zeros instead of with the first gradient, which is the same step. The fused kernel wants all of a group at once,
-        # the projector joins an epoch late, and a first step that fp16's scaler skips would leave torch's own ones uninitialised.
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+# torch 2.13 renamed it, and warns about the old name.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 class TrainStep:
-    """Applies one step to a model. Holds the optimizer, the gradient scaler (fp16 only) and the device constants."""
+    """Applies one step to a model. Holds the optimizer, the gradient scaler (fp16 only), the weight average and the device constants."""
 
-    def __init__(self, model: Recogniser, loss: Loss, config: TrainConfig, placement: Placement) -> None:
-        """Builds the optimizer; the model already lives on the device."""
-        self.model, self.loss, self.config, self.placement = model, loss, config, placement
-        self.optimizer = build_optimizer(model, config.optimizer)
+    def __init__(self, model: Recogniser, loss: Loss, config: TrainConfig, placement: Placement, world: World = ALONE) -> None:
+        """Builds the optimizer; the model already lives on the device.
+
+        Raises:
+            ConfigError: settings that do not go together.
+        """
+        if config.optimizer.name == "lars" and placement.precision == "fp16":
+            raise ConfigError("optimizer lars does not know fp16's loss scale; take --precision bf16 or fp32, or --set optimizer.name=sgd")
+        parts = world.size * config.accumulate_steps
+        if config.data.batch_size % parts:
+            raise ConfigError(
+                f"batch_size {config.data.batch_size} cannot be shared by {world.size} ranks in {config.accumulate_steps} micro-batches: "
+                f"choose a multiple of {parts}"
+            )
+        if config.sync_batch_norm:
+            synced_batch_norm(model, world)
+        self.model, self.loss, self.config, self.placement, self.world = model, loss, config, placement, world
+        self.optimizer = build_optimizer(model, config.optimizer, placement.device)
         self.scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.precision == "fp16")
+        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self.features = torch.compile(model.features) if config.compile else model.features
         self._mean, self._std = channel_statistics(config.data.augment, placement.device)
         self._draw_key = torch.zeros((), dtype=torch.int64, device=placement.device)
+        self._phase: Phase | None = None
+        self._phase_of = loss.phase
+        self._wrapped: DistributedDataParallel | None = None
+        self._graphs = GraphedStep(self.apply, placement.device) if config.cuda_graphs and placement.device.type == "cuda" else None
 
     def __call__(self, batch: Batch, num_steps: int) -> dict[str, Tensor]:
-        """Trains on `batch`, step `batch.step` of `num_steps` of its epoch; returns detached loss terms and "total", float32 []."""
+        """Trains on `batch`, step `batch.step` of `num_steps` of its epoch; returns detached loss terms and "total", float32 [].
+
+        The terms are those of this rank's share of the batch; their mean over the ranks is that of the whole. With CUDA graphs they lie in
+        memory that the next step overwrites.
+        """
         self.schedule(batch, num_steps)
-        output = self.evaluate_loss(self.views(batch), batch)
-        self.backward(output.total)
-        self.update()
-        if output.projections_BP is not None:
-            self.model.feature_memory.update(output.projections_BP, batch.labels_S.chunk(2)[0])
-        return {"total": output.total.detach(), **output.terms}
+        terms = self.apply(batch) if self._graphs is None else self._graphs(batch, self._phase)
+        if self.average is not None:
+            self.average.update()
+        return terms
 
     def schedule(self, batch: Batch, num_steps: int) -> None:
-        """Sets the learning rate and the draws of this place in the run."""
+        """Sets the learning rate and the draws of this place in the run, and what is trained in this phase of the loss."""
         # The draw is keyed by place, so a resumed run continues with the same class subsets.
         self._draw_key.fill_(derive_key(self.config.seed, batch.epoch, batch.step, Purpose.CLASS_SUBSET) >> 1)
-        rate = learning_rate_at(self.config.optimizer, self.config.epochs, batch.epoch + batch.step / num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        progress = batch.epoch + batch.step / num_steps
+        set_learning_rate(self.optimizer, learning_rate_at(self.config.optimizer, self.config.epochs, progress))
+        phase = self._phase_of(batch.epoch)
+        if phase != self._phase:
+            self._enter(phase)
+
+    def _enter(self, phase: Phase) -> None:
+        """Ranks average the gradients of what the phase trains; DistributedDataParallel waits for each of them, so it is wrapped anew."""
+        self._phase = phase
+        self.model.projector.requires_grad_(phase.trains_projector)
+        if self.world.size > 1:
+            # The ranks start from one seed or one checkpoint, which Trainer verifies; batch-norm's statistics are each rank's own.
+            self._wrapped = DistributedDataParallel(
+                _Forward(self.model, self._features_and_loss), init_sync=False, gradient_as_bucket_view=True, **_OWN_BUFFERS
+            )
+
+    def apply(self, batch: Batch) -> dict[str, Tensor]:
+        """The step behind `schedule`: a function of device tensors only, so that it can be captured in a graph."""
+        labels_B = batch.labels_S.chunk(2)[0]
+        labels_G = self.world.gather_rows(labels_B)
+        parts = micro_batches(batch, self.config.data.batch_size // (self.world.size * self.config.accumulate_steps))
+        outputs: list[LossOutput] = []
+        for number, part in enumerate(parts):
+            share = Share(self.world.rank * len(parts) + number, self.world.size * len(parts))
+            with self._gradients_stay_here(number + 1 < len(parts)):
+                output = self.evaluate_loss(self.views(part), part, labels_G, share)
+                self.backward(output.total / len(parts), first=number == 0)
+            outputs.append(output)
+        self.update()
+        self._remember(outputs, labels_G)
+        totals = {"total": torch.stack([output.total.detach() for output in outputs]).mean()}
+        return totals | {name: torch.stack([output.terms[name] for output in outputs]).mean() for name in outputs[0].terms}
+
+    def _gradients_stay_here(self, more_to_come: bool) -> AbstractContextManager[None]:
+        """Only the last micro-batch averages its gradients over the ranks."""
+        return self._wrapped.no_sync() if more_to_come and self._wrapped is not None else nullcontext()
+
+    def _remember(self, outputs: list[LossOutput], labels_G: Tensor) -> None:
+        """The last sample of each class in the order of the whole batch enters the feature memory, the same on every rank."""
+        projections = [output.projections_BP for output in outputs if output.projections_BP is not None]
+        if projections:
+            self.model.feature_memory.update(self.world.gather_rows(torch.cat(projections)), labels_G)
 
     def views(self, batch: Batch) -> Tensor:
         """The normalised views [3B, 3, H, W] of a training batch, in the run's precision and memory layout."""
@@ -83,8 +128,13 @@ class TrainStep:
         views = mix_views(batch.images_SHWC, batch.mix, self._mean, self._std, self.placement.dtype)
         return views if self.placement.channels_last else views.contiguous()
 
-    def evaluate_loss(self, views: Tensor, batch: Batch) -> LossOutput:
-        """Features of the views [3B, 3, H, W] and the loss on them."""
+    def evaluate_loss(self, views: Tensor, batch: Batch, labels_G: Tensor | None = None, share: Share | None = None) -> LossOutput:
+        """Features of the views [3B, 3, H, W] and the loss on them; `labels_G` and `share` are for a part of a larger batch."""
+        forward = self._features_and_loss if self._wrapped is None else self._wrapped
+        output: LossOutput = forward(views, batch, batch.labels_S.chunk(2)[0] if labels_G is None else labels_G, share or Share())
+        return output
+
+    def _features_and_loss(self, views: Tensor, batch: Batch, labels_G: Tensor, share: Share) -> LossOutput:
         assert batch.mix is not None, "a training batch carries its mix"
         labels_B, partner_labels_B = batch.labels_S.chunk(2)
         with self.placement.autocast():
@@ -94,14 +144,16 @@ class TrainStep:
                 cutmix=MixedTargets(labels_B, partner_labels_B, batch.mix[1]),
                 heads=self.model,
                 epoch=batch.epoch,
-                batch_labels_G=labels_B,
+                batch_labels_G=labels_G,
                 draw_key=self._draw_key,
+                share=share,
             )
             return self.loss(inputs)
 
-    def backward(self, total: Tensor) -> None:
-        """Gradients of float32 [] `total`, in place of those before."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def backward(self, total: Tensor, *, first: bool = True) -> None:
+        """Gradients of float32 [] `total`, in place of those before or, unless it is the `first` of the step, added to them."""
+        if first:
+            self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
 
     def update(self) -> None:
@@ -109,6 +161,40 @@ class TrainStep:
         clip_norm = self.config.optimizer.clip_norm
         if clip_norm:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
+            clip_gradients(self.model.parameters(), clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+
+def micro_batches(batch: Batch, num_sources: int) -> list[Batch]:
+    """Cuts a training batch into equal parts of at most `num_sources` source images with their partners, in order.
+
+    The parts of a batch that `num_sources` does not divide, the last of an epoch, are smaller: all parts must weigh the same.
+    """
+    total = batch.num_sources
+    count = next(count for count in range(1, total + 1) if total % count == 0 and total // count <= num_sources)
+    return [batch] if count == 1 else list(_cut(batch, count))
+
+
+def _cut(batch: Batch, count: int) -> Iterator[Batch]:
+    images, labels, ids = batch.images_SHWC, batch.labels_S, batch.ids_S
+    images_2NBHWC, labels_2NB = images.view(2, count, -1, *images.shape[1:]), labels.view(2, count, -1)
+    ids_2NB = ids.reshape(2, count, -1)
+    for number in range(count):
+        yield replace(
+            batch,
+            images_SHWC=images_2NBHWC[:, number].flatten(0, 1),
+            labels_S=labels_2NB[:, number].flatten(),
+            ids_S=ids_2NB[:, number].reshape(-1),
+        )
+
+
+class _Forward(nn.Module):
+    """What DistributedDataParallel wraps: the model's parameters, and the computation whose gradients are averaged."""
+
+    def __init__(self, model: Recogniser, compute: Callable[[Tensor, Batch, Tensor, Share], LossOutput]) -> None:
+        super().__init__()
+        self.model, self._compute = model, compute
+
+    def forward(self, views: Tensor, batch: Batch, labels_G: Tensor, share: Share) -> LossOutput:
+        return self._compute(views, batch, labels_G, share)

@@ -20,7 +20,7 @@ import typer
 from bce3s.checkpoint import load_checkpoint
 from bce3s.cli import run_app
 from bce3s.runlog import METRICS_FILE, read_metrics
-from bce3s.train import LAST_CHECKPOINT
+from bce3s.train import newest_checkpoint
 from pipelines.types import UserError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -32,7 +32,7 @@ def load_figures(run: Path) -> dict[str, Any]:
     summaries = [line for line in read_metrics(run) if line["kind"] == "summary"]
     if not summaries:
         raise UserError(f"{run / METRICS_FILE} holds no finished run; train to the end first")
-    state = load_checkpoint(run / LAST_CHECKPOINT, torch.device("cpu"))
+    state = load_checkpoint(newest_checkpoint(run), torch.device("cpu"))
     return {**summaries[-1]["last_epoch_no_tta"], "counts": state["train_counts"], "names": state["class_names"], "run": run.name}
 
 

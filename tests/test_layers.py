@@ -37,8 +37,13 @@ FLOORS = (
     Floor(_under("pipelines", "loaders conversion"), False),
     Floor(("bce3s",), False),  # the __init__ alone: the version
     Floor(_under("bce3s", "config"), False),
-    Floor(_under("bce3s", "models losses checkpoint runlog metrics distributed device"), False),
-    Floor(_under("bce3s", "train step retrain evaluate throughput report recipes progress export"), True),
+    Floor(_under("bce3s", "distributed"), False),
+    Floor(_under("bce3s", "models losses checkpoint runlog metrics device"), False),
+    Floor(
+        _under("bce3s", "step graph optimizers weight_average train interrupt seeds launch")
+        + _under("bce3s", "retrain evaluate throughput report recipes progress export"),
+        True,
+    ),
     Floor(_under("bce3s", "cli"), False),
     Floor(("tools", "benchmarks", "tests"), False),
 )

@@ -14,7 +14,7 @@ class MixedTargets:
 
     Args:
         labels_B, partner_labels_B: int64 [B].
-        lam: float32 [] on the device, in [0, 1].
+        lam: float32 [] on the device, in [0, 1]; [B] where rows differ.
     """
 
     labels_B: Tensor

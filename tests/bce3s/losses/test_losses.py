@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from bce3s.config import LossConfig
-from bce3s.losses import LOSSES, LossInputs, LossOutput, MixedTargets, build_loss
-from bce3s.losses.bce3s import contrastive_bce, draw_class_subset, mixed_bce, source_bce, uniform_bce
+from bce3s.losses import LOSSES, LossInputs, LossOutput, MixedTargets, Share, build_loss
 from bce3s.losses.ce import mixed_ce
+from bce3s.losses.terms import contrastive_bce, mixed_bce, source_bce, uniform_bce
 from bce3s.models import FeatureMemory, NormalizedClassifier, Projector
 from pipelines.types import ConfigError
 
 
-def heads_for(K: int, D: int = 16, P: int = 8) -> Any:
+def heads_for(K: int, D: int = 16, P: int = 8, device: str = "cpu") -> Any:
     torch.manual_seed(0)
-    return SimpleNamespace(classifier=NormalizedClassifier(D, K), projector=Projector(D, P), feature_memory=FeatureMemory(K, P))
+    heads = {"classifier": NormalizedClassifier(D, K), "projector": Projector(D, P), "feature_memory": FeatureMemory(K, P)}
+    return SimpleNamespace(**{name: head.to(device) for name, head in heads.items()})
 
 
 def targets_for(labels: list[int], partners: list[int], lam: float) -> MixedTargets:
@@ -34,14 +35,42 @@ def dense(targets: MixedTargets, K: int) -> torch.Tensor:
     return targets.lam * own + (1 - targets.lam) * other
 
 
-def run(name: str, K: int = 10, B: int = 6, epoch: int = 1, heads: Any = None, scale: float = 1.0) -> tuple[LossOutput, torch.Tensor]:
-    heads = heads or heads_for(K)
+def run(
+    name: str,
+    K: int = 10,
+    B: int = 6,
+    epoch: int = 1,
+    heads: Any = None,
+    scale: float = 1.0,
+    share: Share | None = None,
+    device: str = "cpu",
+    **settings: Any,
+) -> tuple[LossOutput, torch.Tensor]:
+    heads = heads or heads_for(K, device=device)
     generator = torch.Generator().manual_seed(1)
-    features = (scale * torch.randn(3 * B, 16, generator=generator)).requires_grad_()
-    labels, partners = (torch.randint(0, K, (B,), generator=generator) for _ in range(2))
-    targets = MixedTargets(labels, partners, torch.tensor(0.3))
-    inputs = LossInputs(features_VD=features, mixup=targets, cutmix=targets, heads=heads, epoch=epoch, generator=generator)
-    return build_loss(LossConfig(name=name), torch.ones(K, dtype=torch.int64))(inputs), features
+    features = (scale * torch.randn(3 * B, 16, generator=generator)).to(device).requires_grad_()
+    labels, partners = (torch.randint(0, K, (B,), generator=generator).to(device) for _ in range(2))
+    targets = MixedTargets(labels, partners, torch.tensor(0.3, device=device))
+    inputs = LossInputs(
+        features_VD=features,
+        mixup=targets,
+        cutmix=targets,
+        heads=heads,
+        epoch=epoch,
+        batch_labels_G=labels,
+        draw_key=torch.tensor(7, device=device),
+        share=share or Share(),
+    )
+    output = build_loss(LossConfig(name=name, **settings), torch.ones(K, dtype=torch.int64, device=device))(inputs)
+    return output, features
+
+
+def remember(heads: Any, output: LossOutput) -> None:
+    """What the step does once it is done; `run` draws these labels."""
+    generator = torch.Generator().manual_seed(1)
+    torch.randn(18, 16, generator=generator)
+    assert output.projections_BP is not None
+    heads.feature_memory.update(output.projections_BP, torch.randint(0, 10, (6,), generator=generator))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -77,7 +106,7 @@ class TestEveryLoss:
         reads = [event.key for event in profile.key_averages() if event.key in ("aten::item", "aten::_local_scalar_dense", "aten::nonzero")]
         assert reads == []
 
-    def test_is_deterministic_given_its_generator(self, name: str) -> None:
+    def test_is_deterministic_given_its_key(self, name: str) -> None:
         assert run(name)[0].total.item() == run(name)[0].total.item()
 
 
@@ -150,23 +179,6 @@ def test_uniform_term_is_least_at_the_simplex() -> None:
         assert uniform_bce(rows) > floor
 
 
-@given(
-    labels=st.lists(st.integers(0, 39), min_size=1, max_size=80), ratio=st.sampled_from([0.05, 0.4, 0.99, 1.0]), seed=st.integers(0, 10**6)
-)
-def test_class_subset_keeps_every_present_class_and_fills_up_to_the_ratio(labels: list[int], ratio: float, seed: int) -> None:
-    mask = draw_class_subset(torch.tensor(labels), 40, ratio, torch.Generator().manual_seed(seed))
-    assert mask[labels].all()
-    assert int(mask.sum()) == max(len(set(labels)), int(40 * ratio))
-
-
-def test_negatives_of_the_class_subset_are_drawn_evenly() -> None:
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.stack([draw_class_subset(torch.tensor([3]), 20, 0.4, generator) for _ in range(4000)]).float().mean(0)
-    others = torch.cat([counts[:3], counts[4:]])
-    # 7 of the 19 other classes each time: share 0.368, standard deviation of the mean 0.0076.
-    assert (others - 7 / 19).abs().max() < 5 * 0.0076
-
-
 def test_classes_without_memory_are_left_out_of_the_contrastive_term() -> None:
     rows = functional.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=1)
     projections = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
@@ -182,19 +194,66 @@ def test_contrastive_term_waits_for_the_warmup_and_fills_the_memory_meanwhile() 
     heads = heads_for(10)
     first, _ = run("bce3s", epoch=0, heads=heads)
     assert "contrastive" not in first.terms
-    assert heads.feature_memory.filled_K.any()
+    remember(heads, first)
     second, _ = run("bce3s", epoch=1, heads=heads)
     assert "contrastive" in second.terms
 
 
 def test_contrastive_term_reads_the_memory_of_the_step_before() -> None:
     heads = heads_for(10)
-    run("bce3s", epoch=0, heads=heads)
+    remember(heads, run("bce3s", epoch=0, heads=heads)[0])
     with torch.no_grad():
         heads.feature_memory.rows_KP.mul_(-1)
     before = heads.feature_memory.rows_KP.clone()
     flipped, _ = run("bce3s", heads=heads)
-    assert (heads.feature_memory.rows_KP != before).any()
+    assert torch.equal(heads.feature_memory.rows_KP, before)
+    remember(heads, flipped)
     # The memory now holds this step's own projections; reading it again gives another value.
     again, _ = run("bce3s", heads=heads)
     assert abs(flipped.terms["contrastive"] - again.terms["contrastive"]) > 1e-3
+
+
+@pytest.mark.parametrize("samples", [0, 6])
+def test_the_mean_over_shares_of_one_batch_is_the_loss_of_the_whole(samples: int) -> None:
+    whole, whole_features = run("bce3s", uniform_samples=samples)
+    parts = [run("bce3s", share=Share(i, 4), uniform_samples=samples)[0] for i in range(4)]
+    torch.testing.assert_close(torch.stack([part.total for part in parts]).mean(), whole.total)
+    torch.testing.assert_close(torch.stack([part.terms["uniform"] for part in parts]).mean(), whole.terms["uniform"])
+    whole.total.backward()
+    assert whole_features.grad is not None
+
+
+def test_a_share_without_a_part_in_the_uniform_term_still_has_every_gradient() -> None:
+    """Ranks wait for each other's gradients: none may be missing."""
+    heads = heads_for(10)
+    output, _ = run("bce3s", heads=heads, share=Share(3, 4), epoch=0)
+    assert output.terms["uniform"] == 0
+    output.total.backward()
+    assert heads.classifier.weight.grad is not None
+
+
+def test_the_estimate_of_the_uniform_term_is_near_the_term() -> None:
+    exact, estimate = (run("bce3s", K=400, uniform_samples=samples)[0].terms["uniform"] for samples in (0, 100))
+    assert exact != estimate
+    assert abs(estimate / exact - 1) < 0.02
+
+
+def test_bce_is_the_joint_term_of_bce3s() -> None:
+    alone, _ = run("bce", K=50)
+    together, _ = run("bce3s", K=50)
+    assert alone.projections_BP is None
+    assert set(alone.terms) == {"joint", "class_subset_size"}
+    torch.testing.assert_close(alone.total.detach(), together.terms["joint"])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("samples", [0, 20])
+def test_cuda_gives_the_loss_of_the_cpu(samples: int) -> None:
+    """Class subset and sample come from the key alone, so they are the same on both."""
+    found = []
+    for device in ("cpu", "cuda"):
+        output, features = run("bce3s", 50, epoch=0, heads=heads_for(50, device=device), device=device, uniform_samples=samples)
+        output.total.backward()
+        assert features.grad is not None
+        found.append((output.total.detach().cpu(), features.grad.cpu(), output.terms["class_subset_size"].cpu()))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)

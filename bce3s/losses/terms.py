@@ -1,0 +1,83 @@
+"""The terms of BCE3S in torch's words (method.md, "One step"): what float64 runs on and what the fused kernels are tested against.
+
+Every term is a sum over classes of softplus, so nothing overflows, and targets with at most two non-zero entries are handled by gathers,
+so no [B, K] target is made. Nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bce3s.losses.seam import MixedTargets
+
+
+def widened(values: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def mixed_bce(logits_BK: Tensor, targets: MixedTargets, logit_clamp: float = 64.0, filled_K: Tensor | None = None) -> Tensor:
+    """Mean over the batch of L(z, t) = Σ_k [ t_k·softplus(−z_k) + 1{t_k = 0}·softplus(z_k) ]; see `mixed_bce_rows`."""
+    return mixed_bce_rows(logits_BK, targets, logit_clamp, filled_K).mean()
+
+
+def mixed_bce_rows(logits_BK: Tensor, targets: MixedTargets, logit_clamp: float = 64.0, filled_K: Tensor | None = None) -> Tensor:
+    """L(z, t) = Σ_k [ t_k·softplus(−z_k) + 1{t_k = 0}·softplus(z_k) ] of each row.
+
+    This is not soft-target BCE: a class with 0 < t_k < 1 has the positive term only (traps.md A6).
+
+    Args:
+        logits_BK: [B, K].
+        targets: the two labels of each row, and λ of all or of each.
+        logit_clamp: logits are clamped to ± this.
+        filled_K: bool [K], classes that take part; None is all.
+
+    Returns:
+        float32 [B] (float64 if the logits are).
+    """
+    z_BK = widened(logits_BK).clamp(-logit_clamp, logit_clamp)
+    present = torch.ones((), device=z_BK.device) if filled_K is None else filled_K.to(z_BK.dtype)
+    negatives_B = (functional.softplus(z_BK) * present).sum(1)
+    same_B = targets.labels_B == targets.partner_labels_B
+    own = _positive(z_BK, targets.labels_B, torch.where(same_B, 1.0, targets.lam), filled_K)
+    other = _positive(z_BK, targets.partner_labels_B, torch.where(same_B, 0.0, 1.0 - targets.lam), filled_K)
+    return negatives_B + own + other
+
+
+def _positive(z_BK: Tensor, labels_B: Tensor, weight_B: Tensor, filled_K: Tensor | None) -> Tensor:
+    """What a class with target `weight` adds once all classes were counted as negatives; nothing where the weight is 0."""
+    z_B = z_BK.gather(1, labels_B[:, None])[:, 0]
+    counts_B = weight_B > 0 if filled_K is None else (weight_B > 0) & filled_K[labels_B]
+    return torch.where(counts_B, weight_B * functional.softplus(-z_B) - functional.softplus(z_B), 0.0)
+
+
+def source_bce(logits_BK: Tensor, labels_B: Tensor, class_mask_K: Tensor, logit_clamp: float = 64.0) -> Tensor:
+    """Mean over the batch of the one-hot BCE summed over the classes of `class_mask_K`, bool [K]; float32 []."""
+    z_BK = widened(logits_BK).clamp(-logit_clamp, logit_clamp)
+    negatives_B = (functional.softplus(z_BK) * class_mask_K.to(z_BK.dtype)).sum(1)
+    z_B = z_BK.gather(1, labels_B[:, None])[:, 0]
+    # softplus(−z) − softplus(z) = −z; the label's class is always in the subset.
+    return (negatives_B - z_B).mean()
+
+
+def contrastive_logits(projections_BP: Tensor, memory_KP: Tensor, temperature: float) -> Tensor:
+    """cos(P(x), M)/τ, [B, K], against the normalised memory [K, P]; under autocast in its dtype."""
+    normalized_BP = functional.normalize(widened(projections_BP), dim=1, eps=1e-12)
+    # τ divides the projections, which are smaller than the cosines.
+    return normalized_BP / temperature @ memory_KP.to(normalized_BP.dtype).T
+
+
+def contrastive_bce(
+    projections_BP: Tensor, memory_KP: Tensor, targets: MixedTargets, temperature: float, logit_clamp: float, filled_K: Tensor
+) -> Tensor:
+    """L(cos(P(x), M)/τ, t) against the normalised memory [K, P]; classes not yet filled are left out; float32 []."""
+    return mixed_bce(contrastive_logits(projections_BP, memory_KP, temperature), targets, logit_clamp, filled_K)
+
+
+def uniform_bce(normalized_weight_KD: Tensor) -> Tensor:
+    """(1/K) Σ_k Σ_j [ 1{j=k}·softplus(−w_k·w_j) + 1{j≠k}·softplus(w_k·w_j) ] of normalised rows; float32 []."""
+    cosines_KK = widened(normalized_weight_KD @ normalized_weight_KD.T)
+    # softplus(−c) = softplus(c) − c on the diagonal.
+    return (functional.softplus(cosines_KK).sum() - cosines_KK.diagonal().sum()) / cosines_KK.shape[0]

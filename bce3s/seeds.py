@@ -1,0 +1,87 @@
+"""Several seeds of one config: mean and standard deviation, with n, as honest figures are reported."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bce3s.runlog import read_metrics
+from pipelines.durable import write_atomically
+from pipelines.types import ConfigError
+
+SEEDS_FILE = "seeds.json"
+GROUPS = ("all", "many", "medium", "few")
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` as numbers.
+
+    Raises:
+        ConfigError: not numbers, or one twice.
+    """
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--seeds takes whole numbers, such as 0,1,2, not '{text}'") from None
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {text} names a seed twice; equal seeds give equal runs")
+    return seeds
+
+
+def finished_summary(run: Path) -> dict[str, Any] | None:
+    """The summary that ends the log of a finished run; None for any other."""
+    lines = read_metrics(run)
+    return lines[-1] if lines and lines[-1]["kind"] == "summary" else None
+
+
+def combine(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation over the seeds of every figure of their summaries; None where a group is empty.
+
+    Args:
+        summaries: seed -> summary line, of at least one run.
+    """
+    measures = [name for name, value in next(iter(summaries.values())).items() if isinstance(value, dict)]
+    figures = {
+        measure: {group: _spread([summary[measure][group] for summary in summaries.values()]) for group in GROUPS} for measure in measures
+    }
+    return {"seeds": sorted(summaries), "n": len(summaries), "figures": figures}
+
+
+def _spread(values: list[float | None]) -> dict[str, float | None] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return {"mean": statistics.fmean(known), "sd": statistics.stdev(known) if len(known) > 1 else None}
+
+
+def write_seeds(folder: Path, combined: dict[str, Any]) -> None:
+    """Keeps the figures beside the runs."""
+    write_atomically(folder / SEEDS_FILE, json.dumps(combined, indent=1).encode())
+
+
+def seeds_table(combined: dict[str, Any]) -> Table:
+    """Mean ± standard deviation by shot group, one row a measure; the first is the headline."""
+    seeds = ", ".join(map(str, combined["seeds"]))
+    caption = f"mean ± sample standard deviation, n = {combined['n']} (seeds {seeds})"
+    table = Table(title=f"{combined['n']} seeds", caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("top-1 accuracy, %")
+    for group in GROUPS:
+        table.add_column(group, justify="right")
+    for number, (measure, groups) in enumerate(combined["figures"].items()):
+        cells = [_cell(groups[group]) for group in GROUPS]
+        table.add_row(
+            measure.replace("_", " ").replace("no tta", "no TTA").replace("flip tta", "flip TTA"),
+            *cells,
+            style="bold" if number == 0 else None,
+        )
+    return table
+
+
+def _cell(spread: dict[str, float | None] | None) -> str:
+    if spread is None:
+        return "n/a"
+    return f"{spread['mean']:.2f}" if spread["sd"] is None else f"{spread['mean']:.2f} ± {spread['sd']:.2f}"

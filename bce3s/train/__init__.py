@@ -1,0 +1,22 @@
+"""The training run: built from one config, saved as it goes, stopped and continued without a trace."""
+
+from __future__ import annotations
+
+from bce3s.train.build import BEST_CHECKPOINT, build_model, load_run, newest_checkpoint, saved_loader
+from bce3s.train.result import RunResult, summary
+from bce3s.train.state import Cursor
+from bce3s.train.trainer import StoppedError, Trainer, TrainingError
+
+__all__ = [
+    "BEST_CHECKPOINT",
+    "Cursor",
+    "RunResult",
+    "StoppedError",
+    "Trainer",
+    "TrainingError",
+    "build_model",
+    "load_run",
+    "newest_checkpoint",
+    "saved_loader",
+    "summary",
+]

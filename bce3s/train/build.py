@@ -1,0 +1,60 @@
+"""A run's network, fresh from its config or from one of its checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bce3s.checkpoint import CheckpointError, CheckpointFolder
+from bce3s.config import TrainConfig, from_dict
+from bce3s.device import Placement, resolve_device, resolve_placement
+from bce3s.models import Recogniser, build_recogniser
+from bce3s.runlog import CONFIG_FILE, read_json
+
+BEST_CHECKPOINT = "best.safetensors"
+
+
+def build_model(config: TrainConfig, num_classes: int, placement: Placement) -> Recogniser:
+    """The network with weights drawn from the config's seed, on its device and in its memory layout."""
+    torch.manual_seed(config.seed)
+    pretrained = Path(config.model.pretrained) if config.model.pretrained else None
+    model = build_recogniser(config.model.arch, num_classes, config.model.projection_dim, pretrained)
+    memory_format = torch.channels_last if placement.channels_last else torch.contiguous_format
+    return model.to(device=placement.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
+def saved_loader(run: Path) -> str:
+    """The loader that the run in folder `run` was trained with, by its name.
+
+    Raises:
+        UserError: its config is missing or damaged; names the path.
+    """
+    return str(read_json(run / CONFIG_FILE).get("data", {}).get("loader", "auto"))
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Where the newest checkpoint of a run lies.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    newest = CheckpointFolder(run, keep=1).newest()
+    if newest is None:
+        raise CheckpointError(f"no checkpoint in {run}; train first with 'bce3s fast-train --out {run}'")
+    return newest
+
+
+def load_run(state: dict[str, Any], device: str) -> tuple[TrainConfig, Placement, Recogniser]:
+    """The config, placement and trained network of a checkpoint, on `device` ("auto" chooses); an fp16 run is read as fp32 on a CPU."""
+    config = from_dict(TrainConfig, {**json.loads(state["config"]), "device": device})
+    config = replace(config, model=replace(config.model, pretrained=""))  # the checkpoint holds every weight
+    if config.precision == "fp16" and resolve_device(device).type == "cpu":
+        config = replace(config, precision="fp32")
+    placement = resolve_placement(config)
+    model = build_model(config, len(state["class_names"]), placement)
+    model.load_state_dict(state["model"])
+    return config, placement, model

@@ -1,0 +1,171 @@
+"""Everything a continuation needs: collected for a checkpoint, and put back from one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bce3s.checkpoint import require_same_data
+from bce3s.config import TrainConfig, to_json
+from bce3s.device import environment
+from bce3s.distributed import World, load_running_statistics, running_statistics
+from bce3s.step import TrainStep
+from bce3s.train.means import TermMeans
+from pipelines.format import ShardSet
+from pipelines.types import ConfigError
+
+# Settings that may differ between a run and its continuation: they change where or how it runs, not what it computes.
+_FREE_ON_RESUME = {
+    *("device", "log_every", "data.num_threads", "data.prefetch_batches", "data.on_error", "data.stream.patience_s"),
+    *("data.dali.feed", "data.dali.hw_decoder_load", "data.resident.cache", "cuda_graphs", "checkpoint.every", "checkpoint.keep"),
+}
+
+
+@dataclass
+class Cursor:
+    """How far a run is.
+
+    Attributes:
+        epoch: in progress, from 0; the number of epochs that are done.
+        step: steps of that epoch that are done; all of them while its evaluation is still to come.
+        global_step: steps of the run that are done.
+        epoch_s, epoch_images: seconds and source images that the epoch in progress has taken so far.
+        best_accuracy, best_epoch: on the selection split, so far; −1 before the first evaluation.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    epoch_s: float = 0.0
+    epoch_images: int = 0
+    best_accuracy: float = -1.0
+    best_epoch: int = -1
+
+    def next_epoch(self) -> None:
+        """The epoch in progress is done."""
+        self.epoch, self.step, self.epoch_s, self.epoch_images = self.epoch + 1, 0, 0.0, 0
+
+    def __str__(self) -> str:
+        """'epoch 3' or 'step 12 of epoch 4', as people count."""
+        return f"step {self.step} of epoch {self.epoch + 1}" if self.step else f"epoch {self.epoch}"
+
+
+class RunState:
+    """The parts of one run that change while it trains.
+
+    Attributes:
+        cursor: how far it is.
+        means: of the epoch in progress.
+    """
+
+    def __init__(self, config: TrainConfig, shards: ShardSet, step: TrainStep, world: World) -> None:
+        """At the beginning."""
+        self._config, self._shards, self._step, self._world = config, shards, step, world
+        self.cursor = Cursor()
+        self.means = TermMeans(world)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tensors are the live ones, to be copied before the next step; all ranks call it together, inside `rank_average`."""
+        step, config, shards = self._step, self._config, self._shards
+        return {
+            "model": step.model.state_dict(),
+            "optimizer": step.optimizer.state_dict(),
+            "scaler": step.scaler.state_dict(),
+            "average": None if step.average is None else step.average.state_dict(),
+            "means": self.means.state(),
+            "generators": _generators(step.placement.device),
+            "cursor": asdict(self.cursor),
+            "config": to_json(config),
+            "precision": step.placement.precision,
+            "world_size": self._world.size,
+            "versions": environment(step.placement.device)["versions"],
+            "dataset": shards.dataset,
+            "fingerprint": shards.fingerprint,
+            "class_names": list(shards.class_names),
+            "train_counts": shards.class_counts("train").tolist(),
+        }
+
+    @contextmanager
+    def rank_average(self) -> Iterator[Tensor | None]:
+        """Inside, batch-norm's statistics are the mean of all ranks', for evaluating and saving; all ranks enter it together.
+
+        Training continues with each rank's own afterwards, so when somebody evaluates or saves leaves no trace. Yields all ranks' own,
+        float32 [W, R], for an exact continuation; None where they are equal anyway.
+        """
+        model = self._step.model
+        if self._world.size == 1 or self._config.sync_batch_norm:
+            yield None
+            return
+        own_R = running_statistics(model)
+        all_WR = self._world.gather_rows(own_R[None])
+        load_running_statistics(model, all_WR.mean(0))
+        try:
+            yield all_WR
+        finally:
+            load_running_statistics(model, own_R)
+
+    def load(self, state: dict[str, Any], path: Path) -> None:
+        """Continues from a checkpoint.
+
+        Raises:
+            ConfigError: the checkpoint is of other data, another config or precision; names the first setting that differs.
+        """
+        step, shards = self._step, self._shards
+        require_same_data(state, path, shards.dataset, shards.fingerprint, shards.root)
+        require_same_config(json.loads(state["config"]), json.loads(to_json(self._config)), path)
+        if state["precision"] != step.placement.precision:
+            raise ConfigError(
+                f"{path} was trained in {state['precision']}, and this device would continue in {step.placement.precision}; "
+                f"add --precision {state['precision']} where it is supported, or choose another --out"
+            )
+        step.model.load_state_dict(state["model"])
+        step.optimizer.load_state_dict(state["optimizer"])
+        step.scaler.load_state_dict(state["scaler"])
+        if step.average is not None:
+            step.average.load_state_dict(state["average"])
+        self.means.load_state(state["means"], step.placement.device)
+        _restore_generators(state["generators"], step.placement.device)
+        self.cursor = Cursor(**state["cursor"])
+        statistics_WR = state.get("rank_statistics")
+        if statistics_WR is not None and len(statistics_WR) == self._world.size and not self._config.sync_batch_norm:
+            load_running_statistics(step.model, statistics_WR[self._world.rank])
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's own generators: nothing of ours draws from them, but a network with dropout would."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+
+
+def require_same_start(model: nn.Module, world: World) -> None:
+    """Raises `ConfigError` unless all ranks hold the same weights: one that does not would quietly average unlike gradients."""
+    if world.size == 1:
+        return
+    sums_W = world.gather_rows(torch.stack([parameter.detach().double().sum() for parameter in model.parameters()]).sum()[None])
+    if (sums_W != sums_W[0]).any():
+        raise ConfigError("the ranks start from different weights; give every node the same torch version, run folder and checkpoint")
+
+
+def require_same_config(saved: dict[str, Any], asked: dict[str, Any], path: Path, prefix: str = "") -> None:
+    """Raises `ConfigError` naming the first setting that differs, unless it is free to."""
+    for name, value in asked.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, dict) and isinstance(saved.get(name), dict):
+            require_same_config(saved[name], value, path, f"{full}.")
+        elif saved.get(name) != value and full not in _FREE_ON_RESUME:
+            raise ConfigError(
+                f"{path} was trained with {full}={saved.get(name)!r}, this command says {value!r}; use the same, or another --out"
+            )

@@ -1,0 +1,349 @@
+"""The loop: epochs of steps, evaluations and saves, from wherever the run is to its end."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from bce3s.checkpoint import CheckpointError, load_checkpoint
+from bce3s.config import TrainConfig, parse_image_sizes, to_json
+from bce3s.device import Placement, apply_numerics, environment, resolve_placement
+from bce3s.distributed import ALONE, World
+from bce3s.evaluate import evaluate
+from bce3s.interrupt import StopRequest
+from bce3s.losses import build_loss
+from bce3s.metrics import Accuracy
+from bce3s.progress import TrainingProgress
+from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog, read_metrics
+from bce3s.step import TrainStep
+from bce3s.throughput.waits import DataWaits, Occupancy, binding_sentence
+from bce3s.train.build import BEST_CHECKPOINT, build_model
+from bce3s.train.means import all_finite
+from bce3s.train.result import RunResult, summary
+from bce3s.train.saves import Saves
+from bce3s.train.state import Cursor, RunState, require_same_start
+from pipelines.durable import write_atomically
+from pipelines.format import ShardSet
+from pipelines.loaders import PlannedLoader, build_loader, choose_loader
+from pipelines.types import BackendError, Batch, ConfigError, UserError
+
+
+class TrainingError(UserError):
+    """Training cannot go on; the checkpoint before still stands."""
+
+
+class StoppedError(Exception):
+    """The run was asked to stop and is saved: no failure, but not the end either.
+
+    Attributes:
+        signal_name: such as "SIGTERM".
+        cursor: how far the run is.
+    """
+
+    def __init__(self, signal_name: str, cursor: Cursor) -> None:
+        super().__init__(f"stopped by {signal_name} after {cursor}")
+        self.signal_name, self.cursor = signal_name, cursor
+
+
+class Trainer:
+    """One run in one process, one of the ranks of `world`; all of them do the same in the same order."""
+
+    def __init__(self, config: TrainConfig, shards: ShardSet, out: Path, console: Console, world: World = ALONE) -> None:
+        """Builds model, step and loaders.
+
+        Raises:
+            UserError: shards of another data set, unknown names, a device or package that is missing.
+        """
+        if shards.dataset != config.dataset:
+            raise ConfigError(
+                f"{shards.root} holds data set '{shards.dataset}', not '{config.dataset}'; name the right --shards or --dataset"
+            )
+        self.shards, self.out, self.world = shards, out, world
+        self.console = console if world.is_main else Console(quiet=True)
+        self.placement: Placement = resolve_placement(config, world.local_rank)
+        apply_numerics(config)
+        self.loader_choice = choose_loader(config.data, shards, self.placement.device)
+        # From here on by its name: a continuation must not choose anew.
+        self.config = config = replace(config, data=replace(config.data, loader=self.loader_choice.name))
+        self.train_counts_K = shards.class_counts("train")
+        self.report_split = next((split for split in ("test", "val") if shards.num_samples(split)), "")
+        if not self.report_split:
+            raise ConfigError(f"{shards.root} has neither test nor val images to evaluate on; make shards that have")
+        self.selection_split = "val" if shards.num_samples("val") else self.report_split
+        self.loaders: dict[str, PlannedLoader] = {}
+        try:
+            self.model = build_model(config, len(shards.class_names), self.placement)
+            self.loss = build_loss(config.loss, torch.from_numpy(self.train_counts_K).to(self.placement.device))
+            self.step = TrainStep(self.model, self.loss, config, self.placement, world)
+            with self.console.status("opening shards"):
+                self._train_side = self._image_size(0)
+                for split in dict.fromkeys(("train", self.selection_split, self.report_split)):
+                    self.loaders[split] = self._loader(split, self._train_side if split == "train" else config.data.image_size)
+        except torch.OutOfMemoryError:
+            raise self._too_large() from None
+        self.state = RunState(config, shards, self.step, world)
+        self.saves = Saves(out, config.checkpoint, self.state, world, self._say_loudly)
+        self._agreement = world.agreement()
+        self._said_data_binds = False
+        self._stop = StopRequest()
+
+    def _image_size(self, epoch: int) -> int:
+        """Side of the training images of an epoch."""
+        sizes = parse_image_sizes(self.config.image_sizes)
+        return sizes[max(first for first in sizes if first <= epoch)] if sizes else self.config.data.image_size
+
+    def _loader(self, split: str, image_size: int) -> PlannedLoader:
+        config, world = replace(self.config.data, image_size=image_size), self.world
+        device = self.placement.device
+        return build_loader(self.shards, split, config, seed=self.config.seed, device=device, rank=world.rank, world_size=world.size)
+
+    def _train_loader(self, epoch: int) -> PlannedLoader:
+        """The training loader, opened anew where the epoch's images have another size."""
+        side = self._image_size(epoch)
+        if side != self._train_side:
+            self.loaders["train"].close()
+            self.loaders["train"], self._train_side = self._loader("train", side), side
+        return self.loaders["train"]
+
+    def resume(self) -> Cursor:
+        """Continues from the newest whole checkpoint; says which damaged ones it passed over.
+
+        Raises:
+            ConfigError: the checkpoint is of other data or another config; names the first setting that differs.
+            CheckpointError: there is none, or all are damaged.
+        """
+        loaded = self.saves.folder.load_newest(self.placement.device)
+        if loaded is None:
+            raise CheckpointError(f"no checkpoint in {self.out}; train first with 'bce3s fast-train --out {self.out}'")
+        for sentence in loaded.skipped:
+            self._say_loudly(sentence)
+        self.state.load(loaded.state, loaded.path)
+        self.saves.begin()
+        return self.state.cursor
+
+    def fit(self) -> RunResult:
+        """Trains from where the run is to the last epoch, then evaluates with and without flip TTA.
+
+        Raises:
+            StoppedError: SIGTERM or SIGINT asked for it; the run is saved.
+            TrainingError: a loss that is not finite, no device memory, or a disk that cannot be written.
+        """
+        try:
+            with self._stop:
+                return self._fit()
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write to {self.out}: {error.strerror or error}; mend that, then add --resume to continue"
+            ) from error
+        except torch.OutOfMemoryError:
+            raise self._too_large() from None
+
+    def _too_large(self) -> TrainingError:
+        config = self.config.data
+        other = ", or --loader dali, which keeps no images there" if config.loader == "resident" else ""
+        return TrainingError(
+            f"{self.placement.device} ran out of memory at batch size {config.batch_size}; take a smaller --batch-size "
+            f"or --set accumulate_steps={2 * self.config.accumulate_steps}{other}"
+        )
+
+    def _fit(self) -> RunResult:
+        require_same_start(self.model, self.world)
+        cursor = self.state.cursor
+        if self.world.is_main:
+            self._write_record()
+            if not cursor.global_step:
+                self.saves.folder.clear()  # of a run that is being overwritten
+                (self.out / BEST_CHECKPOINT).unlink(missing_ok=True)
+        num_steps = self.loaders["train"].num_steps
+        # The other ranks write nothing: what they would say, the main one says.
+        log = RunLog(self.out if self.world.is_main else None, cursor.epoch, cursor.step, self._say_loudly)
+        with log, TrainingProgress(self.console, self.config.epochs, num_steps, cursor.epoch * num_steps + cursor.step) as progress:
+            while cursor.epoch < self.config.epochs:
+                line = self._train_epoch(log, progress)
+                self._end_epoch(line, log, progress)
+            self._stop_if_asked(self._agreed(self._stop.name is not None))
+            result = self._final_result(progress)
+            log.write({"kind": "summary", **summary(result)})
+        return result
+
+    def _write_record(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out / CONFIG_FILE, to_json(self.config).encode())
+        record = {
+            **environment(self.placement.device),
+            "precision": self.placement.precision,
+            "world_size": self.world.size,
+            "shards": self.shards.address,
+            "fingerprint": self.shards.fingerprint,
+            "loss_floors": self.loss.floors(len(self.train_counts_K)),
+        }
+        write_atomically(self.out / ENVIRONMENT_FILE, json.dumps(record, indent=1).encode())
+
+    def _train_epoch(self, log: RunLog, progress: TrainingProgress) -> dict[str, Any]:
+        """The rest of the epoch in progress; returns its log line."""
+        self.model.train()
+        cursor, means, loader = self.state.cursor, self.state.means, self._train_loader(self.state.cursor.epoch)
+        waits = DataWaits(self._batches(loader), self.placement.device)
+        began_s = logged_s = time.perf_counter() - cursor.epoch_s
+        logged_images = cursor.epoch_images
+        for batch in waits:
+            means.add(self.step(batch, loader.num_steps), batch.step)
+            cursor.step, cursor.global_step = batch.step + 1, cursor.global_step + 1
+            cursor.epoch_images += batch.num_sources * self.world.size
+            progress.advance(cursor.epoch)
+            if cursor.step % self.config.log_every == 0:
+                values, now_s = self._finite(means.recent(), log), time.perf_counter()
+                rates = {"images_per_s": (cursor.epoch_images - logged_images) / (now_s - logged_s), **asdict(waits.recent())}
+                log.write({"kind": "step", "epoch": cursor.epoch, "step": batch.step, **rates, **values})
+                progress.show_rates(rates["images_per_s"], rates["data_wait_share"], values)
+                logged_s, logged_images = now_s, cursor.epoch_images
+            cursor.epoch_s = time.perf_counter() - began_s
+            stop, save = self._agreement.exchange(self._stop.name is not None, self.saves.ask())
+            self._stop_if_asked(stop)
+            if save:
+                self.saves.save()
+        self._agreement.settle()
+        self.saves.forget_asking()
+        values = self._finite(means.epoch(), log)
+        cursor.epoch_s, occupancy = time.perf_counter() - began_s, waits.total()
+        self._say_if_data_binds(occupancy)
+        rate = cursor.epoch_images / cursor.epoch_s
+        return {"epoch": cursor.epoch, "images_per_s": rate, "train_s": cursor.epoch_s, **asdict(occupancy), **values}
+
+    def _batches(self, loader: PlannedLoader) -> Iterator[Batch]:
+        """The rest of the epoch; what the loader cannot read or write is not the run folder's fault."""
+        try:
+            yield from loader.epoch(self.state.cursor.epoch, self.state.cursor.step)
+        except OSError as error:
+            raise BackendError(f"loader '{self.loader_choice.name}' failed: {error}; mend that, then add --resume to continue") from error
+
+    def _end_epoch(self, line: dict[str, Any], log: RunLog, progress: TrainingProgress) -> None:
+        """Evaluation where it is due, the epoch's line, and a save where that is due."""
+        cursor, epoch = self.state.cursor, self.state.cursor.epoch
+        accuracy = None
+        if (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs:
+            self._stop_if_asked(self._agreed(self._stop.name is not None))
+            with self.state.rank_average():
+                accuracy = self._evaluate(self.selection_split, progress)["plain"]
+                if (accuracy.all or 0.0) > cursor.best_accuracy:
+                    cursor.best_accuracy, cursor.best_epoch = accuracy.all or 0.0, epoch
+                    self.saves.keep_best()
+        log.write({"kind": "epoch", **line, "split": self.selection_split, **(accuracy.headline() if accuracy else {})})
+        progress.show_epoch(epoch, line, accuracy)
+        cursor.next_epoch()
+        self.state.means.clear()
+        if cursor.epoch == self.config.epochs:
+            if not self.saves.save_and_wait():
+                raise TrainingError(f"the trained network could not be saved in {self.out}; make room there, then add --resume to continue")
+        elif self._agreed(self.saves.due):
+            self.saves.save()
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether any rank raises `flag`; waits for all of them."""
+        return bool(self.world.sum(torch.tensor(int(flag), device=self.placement.device)).item()) if self.world.size > 1 else flag
+
+    def _stop_if_asked(self, stop: bool) -> None:
+        """Saves what is not saved yet and ends the run, on every rank after the same step."""
+        if not stop:
+            return
+        if self.state.cursor.epoch < self.config.epochs and not self.saves.save_and_wait():
+            raise TrainingError(f"the run was asked to stop and could not be saved in {self.out}; --resume continues at the save before")
+        raise StoppedError(self._stop.name or "another rank", self.state.cursor)
+
+    def _say_loudly(self, sentence: str) -> None:
+        self.console.print(sentence, style="bold red", highlight=False, soft_wrap=True)
+
+    def _say_if_data_binds(self, occupancy: Occupancy) -> None:
+        """Once a run: an epoch that waited for data is explained; later ones would only repeat it."""
+        if self._said_data_binds:
+            return
+        split = self.shards.split("train")
+        stored_side = float(np.median(np.minimum(split.heights_N, split.widths_N)))
+        sentence = binding_sentence(occupancy, self.loader_choice, self.config.data, stored_side)
+        if sentence:
+            self._said_data_binds = True
+            self.console.print(sentence, highlight=False, soft_wrap=True)
+
+    def _finite(self, values: dict[str, float], log: RunLog) -> dict[str, float]:
+        """`values`, or an error that names the first broken step and its samples; saves of a broken model are refused by the writer."""
+        if all_finite(values):
+            return values
+        cursor, step = self.state.cursor, self.state.means.first_broken_step()
+        step = cursor.step - 1 if step is None else step
+        ids_S = self.loaders["train"].step_ids(cursor.epoch, step).tolist()
+        log.write({"kind": "broken", "epoch": cursor.epoch, "step": step, "ids": ids_S})
+        newest = self.saves.folder.newest()
+        listed = ", ".join(map(str, ids_S[:8])) + (f" and {len(ids_S) - 8} more, in metrics.jsonl" if len(ids_S) > 8 else "")
+        raise TrainingError(
+            f"the loss is not finite from step {step + 1} of epoch {cursor.epoch + 1} on (samples {listed}); "
+            f"{f'{newest} stands' if newest else 'nothing was saved yet'}; lower --lr or raise the warm-up"
+        )
+
+    def _evaluate(self, split: str, progress: TrainingProgress, *, flip_tta: bool = False) -> dict[str, Accuracy]:
+        loader = self.loaders[split]
+
+        def advanced(advance: Callable[[], None]) -> None:
+            advance()
+            if self.world.size == 1:  # several ranks stop together, after the evaluation
+                self._stop_if_asked(self._stop.name is not None)
+
+        with progress.activity(f"evaluating {split}", loader.num_steps) as advance:
+            return evaluate(
+                *(self.model, loader, self.train_counts_K, self.config.data.augment, self.placement),
+                flip_tta=flip_tta,
+                on_step=lambda: advanced(advance),
+                world=self.world,
+            )
+
+    def _final_result(self, progress: TrainingProgress) -> RunResult:
+        cursor = self.state.cursor
+        with self.state.rank_average():
+            last = self._evaluate(self.report_split, progress, flip_tta=True)
+            average = None
+            if self.step.average is not None:
+                with self.step.average.applied():
+                    average = self._evaluate(self.report_split, progress)["plain"]
+            best = last["plain"]
+            if cursor.best_epoch + 1 != self.config.epochs:
+                last_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+                self._load_best()
+                best = self._evaluate(self.report_split, progress)["plain"]
+                self.model.load_state_dict(last_weights)
+        epochs = [line for line in read_metrics(self.out) if line["kind"] == "epoch"]
+        return RunResult(
+            last=last["plain"],
+            last_flip_tta=last["flip_tta"],
+            best=best,
+            best_epoch=cursor.best_epoch,
+            last_average=average,
+            selection_split=self.selection_split,
+            report_split=self.report_split,
+            images_per_s=statistics.median(line["images_per_s"] for line in epochs) if epochs else 0.0,
+            data_wait_share=statistics.median(line["data_wait_share"] for line in epochs) if epochs else 0.0,
+        )
+
+    def _load_best(self) -> None:
+        """The weights of the best epoch into the model; the main rank has them and hands them to the others."""
+        if self.world.is_main:
+            best = self.saves.best_weights()
+            self.model.load_state_dict(
+                load_checkpoint(self.out / BEST_CHECKPOINT, self.placement.device)["model"] if best is None else best
+            )
+        for value in self.model.state_dict().values():
+            if value.is_floating_point():
+                self.world.sum(value if self.world.is_main else value.zero_())
+
+    def close(self) -> None:
+        """Frees the loaders and waits for what is being saved."""
+        self.saves.close()
+        for loader in self.loaders.values():
+            loader.close()

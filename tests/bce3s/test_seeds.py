@@ -1,0 +1,66 @@
+"""Several seeds: mean and standard deviation by hand, one command for all of them, and only what is missing on the second try."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bce3s.runlog import read_metrics
+from bce3s.seeds import combine, finished_summary, parse_seeds, seeds_table
+from pipelines.types import ConfigError
+from tests.bce3s.train.runs import begin, finish
+
+
+def summary(overall: float, few: float | None) -> dict[str, Any]:
+    return {
+        "kind": "summary",
+        "split": "test",
+        "last_epoch_no_tta": {"all": overall, "many": 1.0, "medium": 2.0, "few": few, "per_class": [0.0]},
+    }
+
+
+def test_mean_and_sample_deviation_by_hand() -> None:
+    combined = combine({0: summary(50.0, None), 2: summary(52.0, None), 1: summary(57.0, None)})
+    figures = combined["figures"]["last_epoch_no_tta"]
+    # (50 + 52 + 57) / 3 = 53; ((9 + 1 + 16) / 2) ** 0.5 = 3.606
+    assert figures["all"] == pytest.approx({"mean": 53.0, "sd": 13.0**0.5})
+    assert figures["few"] is None
+    assert (combined["n"], combined["seeds"]) == (3, [0, 1, 2])
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(seeds_table(combined))
+    assert "53.00 ± 3.61" in captured.get()
+    assert "n = 3" in captured.get()
+    assert "n/a" in captured.get()
+
+
+def test_one_seed_has_no_deviation() -> None:
+    assert combine({3: summary(50.0, 1.0)})["figures"]["last_epoch_no_tta"]["all"] == {"mean": 50.0, "sd": None}
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("0,x", "takes whole numbers"), ("", "takes whole numbers"), ("1,1", "names a seed twice")])
+def test_a_list_that_is_none_is_refused(text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse_seeds(text)
+
+
+def test_one_command_trains_every_seed_and_resumes_only_what_is_missing(make_shards: Any, tmp_path: Path) -> None:
+    out, output = tmp_path / "runs", tmp_path / "said.txt"
+    command = [
+        *("fast-train", "--dataset", "cifar10-lt", "--shards", str(make_shards().root), "--recipe", "cifar10lt_resnet20_40ep"),
+        *("--epochs", "1", "--precision", "fp32", "--device", "cpu", "--out", str(out)),
+    ]
+    assert finish(begin([*command, "--seeds", "0,1"], output)) == 0, output.read_text()
+    assert "n = 2 (seeds 0, 1)" in output.read_text()
+    before = (out / "s0" / "metrics.jsonl").read_bytes()
+    assert finish(begin([*command, "--seeds", "0,1,2", "--resume"], output)) == 0, output.read_text()
+    combined = json.loads((out / "seeds.json").read_text())
+    values = [finished_summary(out / f"s{seed}")["last_epoch_no_tta"]["all"] for seed in (0, 1, 2)]  # type: ignore[index]
+    assert combined["figures"]["last_epoch_no_tta"]["all"]["mean"] == pytest.approx(sum(values) / 3)
+    assert (out / "s0" / "metrics.jsonl").read_bytes() == before
+    totals = {line["total"] for seed in (0, 1, 2) for line in read_metrics(out / f"s{seed}") if line["kind"] == "epoch"}
+    assert len(totals) == 3  # the seeds differ
