@@ -225,7 +225,8 @@ class TrainConfig:
             self.accumulate_steps >= 1 and self.data.batch_size % self.accumulate_steps == 0,
             f"accumulate_steps must divide the batch size {self.data.batch_size}, and {self.accumulate_steps} does not",
         )
-        parse_image_sizes(self.image_sizes)
+        growing = bool(parse_image_sizes(self.image_sizes))
+        require(not growing or self.data.augment.crop != "pad", "image_sizes needs crops of any size; take --set data.augment.crop=resized")
         for name in ("epochs", "eval_every", "log_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
 

@@ -66,6 +66,9 @@ def launch(config: TrainConfig, asked: Launch) -> None:
             _train(config, opened, asked, console, world)
     except StoppedError as stopped:
         console.print(_continuation(stopped, asked, world), highlight=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; --resume continues from the newest checkpoint in {asked.out}", highlight=False, soft_wrap=True)
+        raise SystemExit(130) from None
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise

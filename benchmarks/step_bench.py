@@ -76,7 +76,7 @@ class Bench:
         return TrainStep(model, build_loss(config.loss, counts_K), config, placement, world)
 
     def batch(self, num_sources: int | None = None) -> Batch:
-        """Noise of `num_sources` source images, by default B, with their partners, in the first epoch in which every loss term takes part."""
+        """Noise: `num_sources` source images, by default B, and their partners, in the first epoch in which all terms take part."""
         config, device = self.config(), self.placement().device
         rng, num_images, side = np.random.default_rng(0), 2 * (num_sources or self.batch_size), self.image_size
         epoch = config.loss.contrastive_warmup_epochs

@@ -175,7 +175,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 # Benchmarks make their sets and report their figures alike: the modules that scripts beside them import.
-SHARED_BY_SCRIPTS = {"photographs", "turns"}
+SHARED_BY_SCRIPTS = {"photographs", "turns", "step_bench", "step_around", "step_ranks"}
 TOOL_NAMES = frozenset(path.stem for path in python_files("tools", "benchmarks")) - SHARED_BY_SCRIPTS
 
 

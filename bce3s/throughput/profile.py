@@ -70,7 +70,7 @@ def measure(workload: Workload, budget: Budget, *, compiled: bool, say: Callable
         loader.close()
     say("arithmetic peak")
     flops, peak = forward_flops(steps[workload.step_key], workload.config.data.image_size), measured_peak(workload, budget)
-    if cuda:
+    if cuda and "step.graph" not in steps:
         say("CUDA graph")
         rows.append(graph_row(workload, batch, budget))
     if "step.compiled" not in steps:

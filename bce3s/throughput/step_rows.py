@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import torch
 
+from bce3s.graph import WARM_UP_STEPS
 from bce3s.step import TrainStep
 from bce3s.throughput.rows import VIEWS_PER_DECODED, Row
 from bce3s.throughput.timing import MEASURED_FAILURES, Budget, Probe, reason_of, sample
 from bce3s.throughput.workload import Workload
-from pipelines.types import Batch
+from pipelines.types import BackendError, Batch
 
 STEP_SKIPPED = "compiling takes long on a CPU; add --compile"
 
@@ -25,6 +26,9 @@ def build_steps(workload: Workload, *, compiled: bool) -> dict[str, TrainStep]:
     }
     if compiled or workload.config.compile:
         steps["step.compiled"] = workload.step(channels_last=workload.placement.channels_last, compiled=True)
+    if workload.step_key == "step.graph":
+        config = workload.config
+        steps["step.graph"] = workload.step(channels_last=workload.placement.channels_last, compiled=config.compile, graphed=True)
     return steps
 
 
@@ -74,23 +78,14 @@ def with_mfu(rows: list[Row], flops_per_view: float, peak: float) -> list[Row]:
 def graph_row(workload: Workload, batch: Batch, budget: Budget) -> Row:
     """The whole step as one CUDA graph; last, because a capture that fails may leave the device's state behind."""
     try:
-        step = workload.step(channels_last=workload.placement.channels_last, compiled=False)
-        side = torch.cuda.Stream(workload.device)
-        side.wait_stream(torch.cuda.current_stream(workload.device))
-        with torch.cuda.stream(side):  # captures need what the first steps allocate
-            for _ in range(3):
-                step(batch, 1)
-        torch.cuda.current_stream(workload.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        step.schedule(batch, 1)
-        with torch.cuda.graph(graph):
-            step.backward(step.evaluate_loss(step.views(batch), batch).total)
-            step.update()
-    except MEASURED_FAILURES as error:
-        return Row(key="step.graph", reason=f"the step cannot be captured ({reason_of(error)})")
+        step = workload.step(channels_last=workload.placement.channels_last, compiled=False, graphed=True)
+        for _ in range(WARM_UP_STEPS + 1):
+            step(batch, 1)
+    except (*MEASURED_FAILURES, BackendError) as error:
+        return Row(key="step.graph", reason=reason_of(error))
 
     def replay() -> int:
-        graph.replay()
+        step(batch, 1)
         return len(batch.ids_S)
 
     outcome = sample(Probe(work=replay), budget, workload.device)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bce3s.config import TrainConfig
-from bce3s.device import resolve_placement
+from bce3s.device import apply_numerics, resolve_placement
 from bce3s.losses import build_loss
 from bce3s.step import TrainStep
 from bce3s.train import build_model
@@ -49,6 +49,7 @@ class Workload:
             raise ShardError(f"{shards.root} has no training images to measure with; make shards that have")
         self.config, self.shards = config, shards
         self.placement = resolve_placement(config)
+        apply_numerics(config)
         self.device = self.placement.device
         require_choice("loader", config.data.loader, ("auto", *LOADERS))
         self.choice = choose_loader(config.data, shards, self.device)
@@ -98,9 +99,9 @@ class Workload:
         config = replace(self.config.data, loader=name or self.choice.name)
         return build_loader(self.shards, "train", config, seed=self.config.seed, device=self.device)
 
-    def step(self, *, channels_last: bool, compiled: bool) -> TrainStep:
+    def step(self, *, channels_last: bool, compiled: bool, graphed: bool = False) -> TrainStep:
         """A fresh model with its training step, in the memory layout asked for."""
-        config = replace(self.config, channels_last="on" if channels_last else "off", compile=compiled)
+        config = replace(self.config, channels_last="on" if channels_last else "off", compile=compiled, cuda_graphs=graphed)
         placement = resolve_placement(config)
         model = build_model(config, len(self.shards.class_names), placement)
         model.train()
@@ -110,6 +111,8 @@ class Workload:
     @property
     def step_key(self) -> str:
         """The row of `NAMES` that is this run's step as configured."""
+        if self.config.cuda_graphs and self.device.type == "cuda":
+            return "step.graph"
         if self.config.compile:
             return "step.compiled"
         return "step.channels_last" if self.placement.channels_last else "step.contiguous"

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from bce3s.checkpoint import CheckpointError, NotFinite, load_checkpoint, require_same_data, save_checkpoint
 from bce3s.checkpoint.tree import DTYPES
+from pipelines.durable import write_atomically
 from pipelines.types import ConfigError
 
 CPU = torch.device("cpu")
@@ -329,3 +330,10 @@ def test_other_data_is_refused_by_name_and_by_content(tmp_path: Path) -> None:
         require_same_data(state, tmp_path / "a", "demo", "abc", tmp_path)
     with pytest.raises(ConfigError, match="manifests differ"):
         require_same_data(state, tmp_path / "a", "cifar10-lt", "xyz", tmp_path)
+
+
+def test_write_atomically_replaces_or_leaves(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "config.json", b"one")
+    write_atomically(tmp_path / "config.json", b"two")
+    assert (tmp_path / "config.json").read_bytes() == b"two"
+    assert len(list(tmp_path.iterdir())) == 1

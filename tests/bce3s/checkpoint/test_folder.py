@@ -199,9 +199,11 @@ def test_looking_while_another_process_rotates(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=rotate_for_ever, args=(tmp_path,), daemon=True)
     process.start()
     try:
-        found = []
+        found: list[int] = []
+        deadline_s = time.monotonic() + 30
         while len(found) < 200 or found[-1] < 5:
             assert process.is_alive()
+            assert time.monotonic() < deadline_s
             loaded = folder.load_newest(CPU)
             if loaded is not None:
                 assert loaded.skipped == ()

@@ -36,7 +36,10 @@ CONFIG = TrainConfig(
 )
 # One process that has imported everything; each run is forked from it, so that a trial costs what the run costs.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["bce3s.cli", "bce3s.launch", "pipelines.loaders.resident", "bce3s.losses.bce3s"])
+_PROCESSES.set_forkserver_preload(
+    # The optimizers import torch._inductor, and the resident loader DALI.
+    ["bce3s.cli", "bce3s.launch", "pipelines.loaders.resident", "bce3s.losses.bce3s", "torch._inductor", "pipelines.loaders.resident_fill"]
+)
 
 
 def console() -> Console:
