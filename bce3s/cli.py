@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.progress import Progress
 from bce3s.throughput.command import profile, resolve_config
 from pipelines.datasets import DATASETS
 from pipelines.types import ShardError, UserError
+
+if TYPE_CHECKING:
+    from bce3s.train import Cursor
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train long-tailed image recognisers, fast."
@@ -84,10 +87,12 @@ def evaluate_run(
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     checkpoint: Annotated[str, typer.Option(help="last or best.")] = "last",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    average: Annotated[bool, typer.Option("--average", help="The moving average of the weights, where the run kept one.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, per class too.")] = False,
 ) -> None:
     """Evaluate a trained run, with and without flip test-time augmentation."""
     import json
+    from contextlib import nullcontext
     from dataclasses import replace
 
     import numpy as np
@@ -97,7 +102,7 @@ def evaluate_run(
     from bce3s.evaluate import evaluate
     from bce3s.progress import accuracy_table
     from bce3s.runlog import ENVIRONMENT_FILE, read_json
-    from bce3s.train import BEST_CHECKPOINT, load_run, newest_checkpoint
+    from bce3s.train import BEST_CHECKPOINT, Cursor, average_applied, load_run, newest_checkpoint
     from pipelines.config import require_choice
     from pipelines.format import open_shards
     from pipelines.format.bus_error import explain_bus_errors_of
@@ -124,13 +129,22 @@ def evaluate_run(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"evaluating {split}", total=data.num_steps)
         counts_K, augment = np.array(state["train_counts"]), config.data.augment
-        figures = evaluate(model, data, counts_K, augment, placement, flip_tta=True, on_step=lambda: progress.advance(task))
+        with average_applied(state, model, config, path) if average else nullcontext():
+            figures = evaluate(model, data, counts_K, augment, placement, flip_tta=True, on_step=lambda: progress.advance(task))
     data.close()
-    rows = {f"{checkpoint} epoch ({state['cursor']['epoch']})": figures["plain"], f"{checkpoint} epoch, flip TTA": figures["flip_tta"]}
+    name = _measured(checkpoint, Cursor(**state["cursor"])) + (", average of weights" if average else "")
+    rows = {name: figures["plain"], f"{name}, flip TTA": figures["flip_tta"]}
     if json_output:
         typer.echo(json.dumps({name: accuracy.to_dict() for name, accuracy in rows.items()}, indent=1))
     else:
         console.print(accuracy_table(f"{run}, {split} split", rows, f"{figures['plain'].num_images:,} images"))
+
+
+def _measured(checkpoint: str, cursor: Cursor) -> str:
+    """'last epoch (3)', 'best epoch (2)', or of a run that is not at an epoch's end 'last checkpoint (step 12 of epoch 4)'."""
+    if checkpoint == "best":
+        return f"best epoch ({cursor.best_epoch + 1})"
+    return f"last checkpoint ({cursor})" if cursor.step else f"last epoch ({cursor.epoch})"
 
 
 def run_app(application: typer.Typer) -> None:

@@ -45,9 +45,9 @@ class TrainStep:
             raise ConfigError("optimizer lars does not know fp16's loss scale; take --precision bf16 or fp32, or --set optimizer.name=sgd")
         parts = world.size * config.accumulate_steps
         if config.data.batch_size % parts:
+            micro = f" in {config.accumulate_steps} micro-batches" if config.accumulate_steps > 1 else ""
             raise ConfigError(
-                f"batch_size {config.data.batch_size} cannot be shared by {world.size} ranks in {config.accumulate_steps} micro-batches: "
-                f"choose a multiple of {parts}"
+                f"batch_size {config.data.batch_size} cannot be shared by {world.size} ranks{micro}: choose a multiple of {parts}"
             )
         if config.sync_batch_norm:
             synced_batch_norm(model, world)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bce3s.train.build import BEST_CHECKPOINT, build_model, load_run, newest_checkpoint, saved_loader
+from bce3s.train.build import BEST_CHECKPOINT, average_applied, build_model, load_run, newest_checkpoint, saved_loader
 from bce3s.train.result import RunResult, summary
 from bce3s.train.state import Cursor
 from bce3s.train.trainer import StoppedError, Trainer, TrainingError
@@ -14,6 +14,7 @@ __all__ = [
     "StoppedError",
     "Trainer",
     "TrainingError",
+    "average_applied",
     "build_model",
     "load_run",
     "newest_checkpoint",

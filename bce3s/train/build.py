@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from bce3s.config import TrainConfig, from_dict
 from bce3s.device import Placement, resolve_device, resolve_placement
 from bce3s.models import Recogniser, build_recogniser
 from bce3s.runlog import CONFIG_FILE, read_json
+from bce3s.weight_average import WeightAverage
+from pipelines.types import ConfigError
 
 BEST_CHECKPOINT = "best.safetensors"
 
@@ -46,6 +49,19 @@ def newest_checkpoint(run: Path) -> Path:
     if newest is None:
         raise CheckpointError(f"no checkpoint in {run}; train first with 'bce3s fast-train --out {run}'")
     return newest
+
+
+def average_applied(state: dict[str, Any], model: Recogniser, config: TrainConfig, path: Path) -> AbstractContextManager[None]:
+    """Within, the network of `load_run` has the moving average of its weights.
+
+    Raises:
+        ConfigError: the run, or this checkpoint of it, keeps none.
+    """
+    if state["average"] is None:
+        raise ConfigError(f"{path} holds no moving average; train with --set ema_decay=0.999, and take --checkpoint last")
+    average = WeightAverage(model, config.ema_decay)
+    average.load_state_dict(state["average"])
+    return average.applied()
 
 
 def load_run(state: dict[str, Any], device: str) -> tuple[TrainConfig, Placement, Recogniser]:

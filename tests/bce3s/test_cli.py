@@ -52,6 +52,18 @@ def test_evaluate_repeats_the_last_epoch_of_the_run(trained: tuple[Path, Path]) 
     assert run("evaluate", "runs/one", "--split", "val", "--checkpoint", "best", cwd=folder).returncode == 0
 
 
+def test_the_moving_average_is_evaluated_on_request(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, shards = trained
+    assert_one_sentence(run("evaluate", "runs/one", "--average", cwd=folder), "holds no moving average; train with --set ema_decay=0.999")
+    options = ("--set", "ema_decay=0.5", "--out", str(tmp_path / "averaged"))
+    found = run("fast-train", "--dataset", "cifar10-lt", "--shards", str(shards), *FAST, *options, cwd=folder)
+    assert "last epoch, average of weights" in found.stdout, found.stderr
+    lines = [json.loads(line) for line in (tmp_path / "averaged" / "metrics.jsonl").read_text().splitlines()]
+    figures = json.loads(run("evaluate", str(tmp_path / "averaged"), "--average", "--json", cwd=folder).stdout)
+    found_all = figures["last epoch (1), average of weights"]["all"]
+    assert found_all == lines[-1]["last_epoch_average_no_tta"]["all"]
+
+
 def test_print_config_is_json_and_trains_nothing(tmp_path: Path) -> None:
     found = run("fast-train", "--dataset", "demo", "--epochs", "3", "--set", "optimizer.momentum=0.8", "--print-config", cwd=tmp_path)
     config = json.loads(found.stdout)
