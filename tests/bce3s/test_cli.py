@@ -12,15 +12,10 @@ from typing import Any
 import pytest
 
 from pipelines.loaders import LOADERS
+from tests.commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["--recipe", "cifar10lt_resnet20_40ep", "--epochs", "1", "--precision", "fp32", "--device", "cpu"]
-
-
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, "-W", "error", "-m", "bce3s.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def assert_one_sentence(found: subprocess.CompletedProcess[str], sentence: str) -> None:

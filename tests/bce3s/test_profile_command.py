@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from bce3s.throughput.rows import NAMES
+from tests import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ["--recipe", "cifar10lt_resnet20_40ep", "--precision", "fp32", "--device", "cpu", "--batch-size", "4", "--set"]
@@ -29,9 +30,7 @@ def start(*arguments: str, cwd: Path, columns: int = 200) -> subprocess.Popen[st
 
 
 def run(*arguments: str, cwd: Path, columns: int = 200) -> subprocess.CompletedProcess[str]:
-    process = start(*arguments, cwd=cwd, columns=columns)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return commands.run("profile", *arguments, cwd=cwd, columns=columns)
 
 
 def num_threads(pid: int) -> int:

@@ -12,7 +12,7 @@ from rich.console import Console
 from bce3s.runlog import read_metrics
 from bce3s.seeds import combine, finished_summary, parse_seeds, seeds_table
 from pipelines.types import ConfigError
-from tests.bce3s.train.runs import begin, finish
+from tests.commands import begin, finish
 
 
 def summary(overall: float, few: float | None) -> dict[str, Any]:

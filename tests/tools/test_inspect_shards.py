@@ -17,15 +17,18 @@ import pytest
 from PIL import Image
 
 from pipelines.format import ShardSet, open_shards
+from tests import commands
 from tests.pipelines.format.folders import read_json, write_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str, cwd: Path, code: str = "", columns: int = 80) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": str(columns)}
     script = str(ROOT / "tools" / "inspect_shards.py")
-    command = [sys.executable, "-W", "error", *(["-c", code] if code else [script]), *arguments]
+    if not code:
+        return commands.run(*arguments, cwd=cwd, program=script, columns=columns)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": str(columns)}
+    command = [sys.executable, "-W", "error", "-c", code, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 

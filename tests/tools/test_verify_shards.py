@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import commands
 from tests.pipelines.format.folders import patch, read_json, write_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
-    command = [sys.executable, "-W", "error", str(ROOT / "tools" / "verify_shards.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return commands.run(*arguments, cwd=cwd, program=str(ROOT / "tools" / "verify_shards.py"), columns=80)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
-import os
-import sys
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,6 @@ import torch
 from rich.console import Console
 
 from bce3s.checkpoint import load_checkpoint
-from bce3s.cli import main
 from bce3s.config import ModelConfig, OptimizerConfig, TrainConfig
 from bce3s.interrupt import StopRequest
 from bce3s.train import StoppedError, Trainer, newest_checkpoint
@@ -33,12 +28,6 @@ CONFIG = TrainConfig(
     data=DataConfig(loader="resident", batch_size=16, num_threads=1, augment=AugmentConfig(crop="pad", eval_crop=1.0)),
     model=ModelConfig(arch="resnet20-cifar", projection_dim=16),
     optimizer=OptimizerConfig(learning_rate=0.1, weight_decay=5e-4, warmup_epochs=1),
-)
-# One process that has imported everything; each run is forked from it, so that a trial costs what the run costs.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(
-    # The optimizers import torch._inductor, and the resident loader DALI.
-    ["bce3s.cli", "bce3s.launch", "pipelines.loaders.resident", "bce3s.losses.bce3s", "torch._inductor", "pipelines.loaders.resident_fill"]
 )
 
 
@@ -100,30 +89,6 @@ def _leaves(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
         return {path: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return {name: leaf for key, value in items for name, leaf in _leaves(value, f"{path}/{key}").items()}
-
-
-def begin(arguments: list[str], output: Path) -> ForkServerProcess:
-    """`bce3s` with these arguments in a process of its own; what it prints goes to `output`."""
-    process = _PROCESSES.Process(target=_bce3s, args=(arguments, str(output)))
-    process.start()
-    return process
-
-
-def finish(process: ForkServerProcess, timeout_s: float = 120.0) -> int:
-    """Its exit status; −9 after a kill."""
-    process.join(timeout_s)
-    if process.exitcode is None:
-        process.kill()
-        raise AssertionError("the run did not end")
-    return process.exitcode
-
-
-def _bce3s(arguments: list[str], output: str) -> None:
-    with open(output, "a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        main(arguments)
-        sys.stdout.flush()
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
