@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -27,15 +28,22 @@ _PROCESSES.set_forkserver_preload(
 
 
 def begin(
-    arguments: list[str], output: Path, errors: Path | None = None, *, program: str = "bce3s", cwd: Path | None = None, columns: int = 200
+    arguments: list[str],
+    output: Path,
+    errors: Path | None = None,
+    *,
+    program: str = "bce3s",
+    cwd: Path | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> ForkServerProcess:
     """A command that runs beside the test; what it prints goes to `output`, and what it complains of to `errors` or there too.
 
     Args:
         program: "bce3s", or the path of a script.
+        variables: of its environment, beside or in place of the test's own.
     """
     places = (str(output), str(errors or output), str(cwd or Path.cwd()))
-    environment = {**os.environ, "COLUMNS": str(columns), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT), **(variables or {})}
     process = _PROCESSES.Process(target=_become, args=(program, arguments, *places, environment))
     process.start()
     return process
@@ -50,11 +58,11 @@ def finish(process: ForkServerProcess, timeout_s: float = 120.0) -> int:
     return process.exitcode
 
 
-def run(*arguments: str, cwd: Path, program: str = "bce3s", columns: int = 200) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path, program: str = "bce3s", variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """A command to its end."""
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "output", Path(folder) / "errors"
-        status = finish(begin(list(arguments), output, errors, program=program, cwd=cwd, columns=columns))
+        status = finish(begin(list(arguments), output, errors, program=program, cwd=cwd, variables=variables))
         texts = (path.read_text(encoding="utf-8", errors="replace") for path in (output, errors))
         return subprocess.CompletedProcess([program, *arguments], status, *texts)
 

@@ -30,7 +30,7 @@ def start(*arguments: str, cwd: Path, columns: int = 200) -> subprocess.Popen[st
 
 
 def run(*arguments: str, cwd: Path, columns: int = 200) -> subprocess.CompletedProcess[str]:
-    return commands.run("profile", *arguments, cwd=cwd, columns=columns)
+    return commands.run("profile", *arguments, cwd=cwd, variables={"COLUMNS": str(columns)})
 
 
 def num_threads(pid: int) -> int:

@@ -30,8 +30,9 @@ def tool_environment(**variables: str) -> dict[str, str]:
 
 def convert(*arguments: str, cwd: Path, variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the command to its end; it must not warn."""
-    if variables is None:
-        return commands.run(*arguments, cwd=cwd, program=TOOL)
+    variables = variables or {}
+    if not any(name.startswith(("LC_", "LANG", "PYTHON", "HF_")) for name in variables):  # read when Python or a library starts
+        return commands.run(*arguments, cwd=cwd, program=TOOL, variables=variables)
     command = [sys.executable, "-W", "error", TOOL, *arguments]
     environment = tool_environment(**variables)
     return subprocess.run(

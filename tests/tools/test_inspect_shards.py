@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(*arguments: str, cwd: Path, code: str = "", columns: int = 80) -> subprocess.CompletedProcess[str]:
     script = str(ROOT / "tools" / "inspect_shards.py")
     if not code:
-        return commands.run(*arguments, cwd=cwd, program=script, columns=columns)
+        return commands.run(*arguments, cwd=cwd, program=script, variables={"COLUMNS": str(columns)})
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": str(columns)}
     command = [sys.executable, "-W", "error", "-c", code, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return commands.run(*arguments, cwd=cwd, program=str(ROOT / "tools" / "verify_shards.py"), columns=80)
+    return commands.run(*arguments, cwd=cwd, program=str(ROOT / "tools" / "verify_shards.py"), variables={"COLUMNS": "80"})
 
 
 @pytest.fixture(scope="module")
