@@ -78,9 +78,9 @@ def resolve_placement(config: TrainConfig, local_rank: int = 0) -> Placement:
     Raises:
         BackendError: the device cannot be used, or fp16 is asked for on a CPU.
     """
-    device = resolve_device(config.device)
-    if device.type == "cuda" and config.device in ("auto", "cuda") and local_rank:
-        device = resolve_device(f"cuda:{local_rank}")
+    # By its number at once: to make device 0 the current one, if only for a moment, would open a context of every rank on it.
+    on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = resolve_device(f"cuda:{local_rank}" if on_cuda else config.device)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if _has_bf16(device) else "fp32"

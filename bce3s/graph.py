@@ -82,9 +82,13 @@ class GraphedStep:
         )
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # Only this thread is held to what a capture allows: loaders and the checkpoint's writer go on with their copies in theirs.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 terms = self._step(inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            # The end of a broken capture raises as well, about itself.
+            reason = str(error.__context__ or error).splitlines()[0]
             raise BackendError(f"the step cannot be captured as a CUDA graph ({reason}); take --set cuda_graphs=false") from error
         return _Captured(graph, inputs, terms)

@@ -9,8 +9,10 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -43,6 +45,8 @@ class TrainStep:
         """
         if config.optimizer.name == "lars" and placement.precision == "fp16":
             raise ConfigError("optimizer lars does not know fp16's loss scale; take --precision bf16 or fp32, or --set optimizer.name=sgd")
+        if config.cuda_graphs and world.size > 1:
+            raise ConfigError("cuda_graphs is for a single process yet; leave --set cuda_graphs=true out where there are several ranks")
         parts = world.size * config.accumulate_steps
         if config.data.batch_size % parts:
             micro = f" in {config.accumulate_steps} micro-batches" if config.accumulate_steps > 1 else ""
@@ -101,16 +105,17 @@ class TrainStep:
         labels_G = self.world.gather_rows(labels_B)
         parts = micro_batches(batch, self.config.data.batch_size // (self.world.size * self.config.accumulate_steps))
         outputs: list[LossOutput] = []
-        for number, part in enumerate(parts):
-            share = Share(self.world.rank * len(parts) + number, self.world.size * len(parts))
+        weights = [part.num_sources / batch.num_sources for part in parts]
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            share = Share(self.world.rank * len(parts) + number, self.world.size * len(parts), weight / self.world.size)
             with self._gradients_stay_here(number + 1 < len(parts)):
                 output = self.evaluate_loss(self.views(part), part, labels_G, share)
-                self.backward(output.total / len(parts), first=number == 0)
+                self.backward(output.total * weight, first=number == 0)
             outputs.append(output)
         self.update()
         self._remember(outputs, labels_G)
-        totals = {"total": torch.stack([output.total.detach() for output in outputs]).mean()}
-        return totals | {name: torch.stack([output.terms[name] for output in outputs]).mean() for name in outputs[0].terms}
+        terms = [{"total": output.total.detach(), **output.terms} for output in outputs]
+        return {name: torch.stack([each[name] * weight for each, weight in zip(terms, weights, strict=True)]).sum() for name in terms[0]}
 
     def _gradients_stay_here(self, more_to_come: bool) -> AbstractContextManager[None]:
         """Only the last micro-batch averages its gradients over the ranks."""
@@ -167,25 +172,25 @@ class TrainStep:
 
 
 def micro_batches(batch: Batch, num_sources: int) -> list[Batch]:
-    """Cuts a training batch into equal parts of at most `num_sources` source images with their partners, in order.
+    """Cuts a training batch into as few parts of at most `num_sources` source images with their partners as it takes, in order.
 
-    The parts of a batch that `num_sources` does not divide, the last of an epoch, are smaller: all parts must weigh the same.
+    The parts of a batch that `num_sources` does not divide, the last of an epoch, are as even as can be: batch-norm's running variance,
+    which the evaluation that follows reads, would forget what differs between images if one of them were tiny.
     """
-    total = batch.num_sources
-    count = next(count for count in range(1, total + 1) if total % count == 0 and total // count <= num_sources)
+    count = -(-batch.num_sources // num_sources)
     return [batch] if count == 1 else list(_cut(batch, count))
 
 
 def _cut(batch: Batch, count: int) -> Iterator[Batch]:
-    images, labels, ids = batch.images_SHWC, batch.labels_S, batch.ids_S
-    images_2NBHWC, labels_2NB = images.view(2, count, -1, *images.shape[1:]), labels.view(2, count, -1)
-    ids_2NB = ids.reshape(2, count, -1)
-    for number in range(count):
+    total = batch.num_sources
+    bounds = [total * number // count for number in range(count + 1)]
+    for start, stop in pairwise(bounds):
+        instance, partner = slice(start, stop), slice(total + start, total + stop)
         yield replace(
             batch,
-            images_SHWC=images_2NBHWC[:, number].flatten(0, 1),
-            labels_S=labels_2NB[:, number].flatten(),
-            ids_S=ids_2NB[:, number].reshape(-1),
+            images_SHWC=torch.cat([batch.images_SHWC[instance], batch.images_SHWC[partner]]),
+            labels_S=torch.cat([batch.labels_S[instance], batch.labels_S[partner]]),
+            ids_S=np.concatenate([batch.ids_S[instance], batch.ids_S[partner]]),
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from step_bench import Bench, Figures, spread, step_figures
+from step_bench import Bench, Figures, ratios_to, sample_steps, spread, step_figures
 
 from bce3s.config import CheckpointConfig
 from bce3s.device import apply_numerics
@@ -79,7 +79,7 @@ def measure_saves(bench: Bench, budget: Budget, settings: tuple[str, ...]) -> di
             return len(batch.ids_S)
 
         probes = {"none": Probe(work=without), "saving": Probe(work=run.work, leave=run.leave)}
-        outcomes = sample_in_turns(probes, budget, batch.images_SHWC.device)
+        outcomes, processor_ms = sample_steps(probes, budget, batch.images_SHWC.device)
         run.saves.close()
         newest = run.saves.folder.newest()
         saved_bytes = newest.stat().st_size if newest else 0
@@ -89,7 +89,9 @@ def measure_saves(bench: Bench, budget: Budget, settings: tuple[str, ...]) -> di
             "saving": {"reason": next((text for text in (bare, saving, *run.complaints) if isinstance(text, str)), "nothing was saved")}
         }
     rows = {"none": step_figures(bare, bench.batch_size), "saving": step_figures(saving, bench.batch_size)}
-    rows["saving"] |= spread("ratio", [theirs / ours for ours, theirs in zip(saving, bare, strict=True)])
+    rows["saving"] |= ratios_to(saving, bare, "ratio")
+    rows["saving"] |= spread("processor_ms", processor_ms["saving"])
+    rows["saving"] |= ratios_to(processor_ms["none"], processor_ms["saving"], "processor_ratio")
     rows["saving"] |= {
         "saves_per_step": run.num_saves / run.num_steps,
         "save_call_ms": run.save_call_s / run.num_saves * 1e3,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from bce3s.distributed import ALONE, World
 from bce3s.losses import build_loss
 from bce3s.step import TrainStep
 from bce3s.throughput.rows import VIEWS_PER_DECODED
+from bce3s.throughput.timing import Budget, Probe, sample_in_turns
 from bce3s.train import build_model
 from pipelines.augment.mix import draw_mix
 from pipelines.config import DataConfig
@@ -93,6 +96,43 @@ class Bench:
 def spread(name: str, values: list[float]) -> Figures:
     """Median and range of one figure under its name, such as "step_ms"."""
     return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def sample_steps(
+    probes: Mapping[str, Probe], budget: Budget, device: torch.device
+) -> tuple[dict[str, tuple[float, ...] | str], dict[str, list[float]]]:
+    """`sample_in_turns` of probes whose unit is a step, and beside it this process's processor time, in ms a step.
+
+    With one thread on a CPU that is what other programs on the machine disturb least; on CUDA it is the host's work.
+    """
+    processor_ms: dict[str, list[float]] = {name: [] for name in probes}
+    metered = {name: _metered(probe, processor_ms[name]) for name, probe in probes.items()}
+    return sample_in_turns(metered, budget, device), processor_ms
+
+
+def _metered(probe: Probe, found_ms: list[float]) -> Probe:
+    began_s, num_steps = 0.0, 0
+
+    def settle() -> None:
+        nonlocal began_s, num_steps
+        probe.settle()
+        began_s, num_steps = time.process_time(), 0
+
+    def work() -> int:
+        nonlocal num_steps
+        num_steps += 1
+        return probe.work()
+
+    def finished(elapsed_s: float) -> None:
+        found_ms.append((time.process_time() - began_s) / num_steps * 1e3)
+        probe.finished(elapsed_s)
+
+    return replace(probe, work=work, settle=settle, finished=finished)
+
+
+def ratios_to(base: Sequence[float], ours: Sequence[float], name: str) -> Figures:
+    """Ours over the base's, round by round: median and range, under `name`."""
+    return spread(name, [one / other for one, other in zip(ours, base, strict=True)])
 
 
 def step_figures(rates: tuple[float, ...], batch_size: int) -> Figures:

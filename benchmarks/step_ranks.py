@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from step_bench import Bench, Figures, spread, step_figures
+from step_bench import Bench, Figures, ratios_to, spread, step_figures
 
 from bce3s.distributed import World, join_world, leave_world
 from bce3s.throughput.timing import Budget
@@ -45,12 +45,15 @@ def measure_ranks(bench: Bench, budget: Budget, settings: tuple[str, ...], num_r
             torch.multiprocessing.spawn(run_rank, (num_ranks, port, bench, budget, settings, out), nprocs=num_ranks)
         found: dict[str, list[float]] = json.loads(out.read_text())
     exchange_s = found.pop("exchange")
-    alone = found["one process"]
+    processor_s = {name: found.pop(f"{name}, processor") for name in list(found) if f"{name}, processor" in found}
+    alone, beside = found["one process"], found["side by side"]
     rows = {}
     for name, seconds in found.items():
         # Views of one rank: what it trains on in a step.
         rows[name] = step_figures(tuple(2 * bench.batch_size / num_ranks / one for one in seconds), bench.batch_size // num_ranks)
-        rows[name] |= spread("ratio", [ours / theirs for ours, theirs in zip(seconds, alone, strict=True)])
+        rows[name] |= ratios_to(alone, seconds, "ratio") | ratios_to(beside, seconds, "ratio_to_side_by_side")
+        rows[name] |= spread("processor_ms", [1e3 * one for one in processor_s[name]])
+        rows[name] |= ratios_to(processor_s["one process"], processor_s[name], "processor_ratio")
     rows["ranks"] |= spread("exchange_ms", [1e3 * one for one in exchange_s])
     return rows
 
@@ -79,29 +82,31 @@ def run_rank(rank: int, num_ranks: int, port: int, bench: Bench, budget: Budget,
         "ranks": (lambda: (shared(batch, 1), agree()), True),
         "ranks, sync_batch_norm": (lambda: (synced(batch, 1), agree()), True),
     }
-    found: dict[str, list[float]] = {name: [] for name in (*ways, "exchange")}
+    found: dict[str, list[float]] = {name: [] for way in ways for name in (way, f"{way}, processor")} | {"exchange": []}
     num_steps = 1
     for turn in range(-1, budget.repeats):
         for name, (work, together) in list(ways.items())[:: 1 if turn % 2 else -1]:
             exchange_s = 0.0
-            seconds = time_together(work, num_steps, world, everyone=together)
+            seconds, processor_s = time_together(work, num_steps, world, everyone=together)
             agreement.settle()
             if turn >= 0:
                 found[name].append(seconds)
+                found[f"{name}, processor"].append(processor_s)
                 found["exchange"] += [exchange_s / num_steps] if name == "ranks" else []
         if turn < 0:  # everything has run once: now for how many steps fill a measurement
-            seconds = time_together(ways["one process"][0], 1, world, everyone=False)
+            seconds, _ = time_together(ways["one process"][0], 1, world, everyone=False)
             num_steps = max(1, round(budget.seconds / seconds))
     if world.is_main:
         out.write_text(json.dumps(found))
     leave_world()
 
 
-def time_together(work: Callable[[], object], num_steps: int, world: World, *, everyone: bool) -> float:
-    """Seconds of a step on the slowest rank, the same number on all ranks; of the main rank where the others wait."""
+def time_together(work: Callable[[], object], num_steps: int, world: World, *, everyone: bool) -> tuple[float, float]:
+    """Seconds of a step on the slowest rank, of the clock and of the processor; of the main rank where the others wait."""
     world.sum(torch.zeros(1))
-    started_s = time.perf_counter()
+    started_s, began_s = time.perf_counter(), time.process_time()
     for _ in range(num_steps if everyone or world.is_main else 0):
         work()
-    took_s = (time.perf_counter() - started_s) / num_steps
-    return float(world.gather_rows(torch.tensor([took_s], dtype=torch.float64)).max())
+    took_s = torch.tensor([[time.perf_counter() - started_s, time.process_time() - began_s]], dtype=torch.float64) / num_steps
+    clock_s, processor_s = world.gather_rows(took_s).amax(0).tolist()
+    return clock_s, processor_s

@@ -23,6 +23,7 @@ _PROCESSES.set_forkserver_preload(
     [
         *("bce3s.cli", "bce3s.launch", "bce3s.losses.bce3s", "bce3s.throughput.profile", "pipelines.loaders.resident"),
         *("pipelines.conversion", "pipelines.datasets.folder", "rich.progress"),
+        *("torch._inductor", "pipelines.loaders.resident_fill"),  # the optimizers import the one, the resident loader DALI
     ]
 )
 

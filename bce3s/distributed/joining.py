@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from bce3s.distributed.interface import choose_interface
 from bce3s.distributed.meeting import RETRY_S, agree_on_start
 from bce3s.distributed.world import World
 from pipelines.types import BackendError, ConfigError
@@ -70,6 +71,7 @@ def join_world(device_name: str, *, timeout_s: float = JOIN_TIMEOUT_S) -> World:
         store, _, _ = next(dist.rendezvous(f"tcp://{host}:{seat.port}", world.rank, world.size, timeout=timeout))
         start = agree_on_start(store, world, timeout_s)
         store.set_timeout(_COLLECTIVE_TIMEOUT)
+        choose_interface(seat.host)
         backend = "nccl" if device else "gloo"
         store = dist.PrefixStore(start.name, store)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_COLLECTIVE_TIMEOUT, device_id=device)

@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from bce3s.losses.fused_bce import RowTargets
 
-# 8 classes a thread: loads and stores of 16 bytes in half precision.
+# 8 classes a thread: 16 bytes at once in half precision where K is a multiple of 16, and single ones, coalesced all the same, elsewhere.
 BLOCK_CLASSES = 1024
 NUM_WARPS = 4
 

@@ -46,13 +46,15 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """Which of `count` equal parts of the step's batch this is: ranks times micro-batches.
+    """Which of `count` parts of the step's batch this is: ranks times micro-batches.
 
-    The totals of all parts are averaged. A term that does not depend on the batch may compute its part number `index` only, times `count`.
+    The step sums the totals of all parts, each by its `weight`, its share of the images. A term that does not depend on the batch may
+    compute its part number `index` only, divided by `weight`.
     """
 
     index: int = 0
     count: int = 1
+    weight: float = 1.0
 
 
 class Classifier(Protocol):

@@ -41,7 +41,7 @@ def uniform_term(
 
     Args:
         normalized_weight_KD: [K, D] of length 1. Products are taken in autocast's dtype where it is on; sums in float32.
-        share: with `count` > 1, block pairs number `index`, `index` + `count`, … only, times `count`: the mean over the shares is the term.
+        share: block pairs number `index`, `index` + `count`, … only, divided by `weight`: the sum over the shares by weight is the term.
         num_samples: R; 0 or at least K takes all classes. Otherwise an unbiased estimate from R distinct classes, R ≥ 2:
             (1/K) [ (K/R)·Σ_diagonal + K(K−1)/(R(R−1))·Σ_off ], the same sample in every share.
         draw_key: int64 [] on the device of the rows; needed where classes are drawn.
@@ -112,7 +112,7 @@ def _sum_blocks(rows_KD: Tensor, plan: _Plan) -> tuple[Tensor, Tensor | None]:
             _add_product(gradient_KD[blocks[i]], slopes_IJ, columns_JD)
             if i != j:
                 _add_product(gradient_KD[blocks[j]], slopes_IJ.T, rows_ID)
-    scale = plan.pair_weight * plan.share.count
+    scale = plan.pair_weight / plan.share.weight
     # c_kj stands in the sum twice, as c_jk too, and c_kk depends on its row twice.
     return total * scale, None if gradient_KD is None else gradient_KD.mul_(2 * scale)
 

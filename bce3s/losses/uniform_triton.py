@@ -34,6 +34,7 @@ def _block_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
     # Program (row tile, column tile).
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -48,7 +49,7 @@ def _block_kernel(
         element_inside = element < depth
         left = tl.load(rows + row_start + element[None, :], mask=row_inside[:, None] & element_inside[None, :], other=0.0)
         right = tl.load(columns + column_start + element[:, None], mask=column_inside[None, :] & element_inside[:, None], other=0.0)
-        cosines = tl.dot(left, right, cosines, input_precision="ieee")  # float32 as float32, not as tf32
+        cosines = tl.dot(left, right, cosines, input_precision=PRECISION)
     inside = row_inside[:, None] & column_inside[None, :]
     # log(1 + e) as it stands: cosines lie in −1…1, where e is no less than 0.36.
     fade = tl.exp(-tl.abs(cosines))
@@ -58,7 +59,8 @@ def _block_kernel(
         same = row[:, None] == column[None, :]
         softplus = tl.where(same, same_ratio * (softplus - cosines), softplus)
         slope = tl.where(same, same_ratio * (slope - 1.0), slope)
-    total = tl.sum(tl.sum(tl.where(inside, softplus, 0.0), 1), 0)
+    # One reduction over both axes: Triton 3.7.1 cannot compile two in half precision for sm_100 and its kin.
+    total = tl.sum(tl.where(inside, softplus, 0.0))
     tl.store(sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), total)
     if WITH_SLOPES:
         place = slopes + row.to(tl.int64)[:, None] * num_columns + column[None, :]
@@ -71,7 +73,8 @@ def block_terms(rows_ID: Tensor, columns_JD: Tensor, same_ratio: float | None, w
     Waits for nothing, so a CUDA graph can hold it after one call outside.
 
     Args:
-        rows_ID: float16, bfloat16 or float32 [I, D], contiguous; float32 is multiplied as such, never as TF32.
+        rows_ID: float16, bfloat16 or float32 [I, D], contiguous; float32 is multiplied as such, or as TF32 where torch's own
+            products are (`TrainConfig.tf32`).
         columns_JD: the same dtype and device, [J, D]; the rows themselves in a block on the diagonal.
         same_ratio: weight of softplus(−c_kk) in a block on the diagonal; None elsewhere.
         wants_slopes: whether to return the derivative of the sum by each product.
@@ -99,6 +102,7 @@ def block_terms(rows_ID: Tensor, columns_JD: Tensor, same_ratio: float | None, w
             ROWS=BLOCK_ROWS,
             COLUMNS=BLOCK_COLUMNS,
             DEPTH=BLOCK_DEPTHS[rows_ID.dtype],
+            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
         )

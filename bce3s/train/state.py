@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,17 +100,35 @@ class RunState:
         Training continues with each rank's own afterwards, so when somebody evaluates or saves leaves no trace. Yields all ranks' own,
         float32 [W, R], for an exact continuation; None where they are equal anyway.
         """
-        model = self._step.model
         if self._world.size == 1 or self._config.sync_batch_norm:
             yield None
             return
-        own_R = running_statistics(model)
+        own_R = self._statistics()
         all_WR = self._world.gather_rows(own_R[None])
-        load_running_statistics(model, all_WR.mean(0))
+        self._load_statistics(all_WR.mean(0))
         try:
             yield all_WR
         finally:
-            load_running_statistics(model, own_R)
+            self._load_statistics(own_R)
+
+    def _statistics(self) -> Tensor:
+        """Batch-norm's of the model, and then those of the moving average of the weights where there is one; float32 [R]."""
+        model, average = self._step.model, self._step.average
+        if average is None:
+            return running_statistics(model)
+        with average.applied():
+            averaged = running_statistics(model)
+        return torch.cat([running_statistics(model), averaged])
+
+    def _load_statistics(self, flat_R: Tensor) -> None:
+        model, average = self._step.model, self._step.average
+        if average is None:
+            load_running_statistics(model, flat_R)
+            return
+        own, averaged = flat_R.chunk(2)
+        load_running_statistics(model, own)
+        with average.applied():
+            load_running_statistics(model, averaged)
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Continues from a checkpoint.
@@ -135,7 +154,7 @@ class RunState:
         self.cursor = Cursor(**state["cursor"])
         statistics_WR = state.get("rank_statistics")
         if statistics_WR is not None and len(statistics_WR) == self._world.size and not self._config.sync_batch_norm:
-            load_running_statistics(step.model, statistics_WR[self._world.rank])
+            self._load_statistics(statistics_WR[self._world.rank])
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
@@ -150,13 +169,40 @@ def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
-def require_same_start(model: nn.Module, world: World) -> None:
-    """Raises `ConfigError` unless all ranks hold the same weights: one that does not would quietly average unlike gradients."""
+def require_same_start(model: nn.Module, world: World, config: TrainConfig, shards: ShardSet) -> None:
+    """Raises `ConfigError` unless all ranks hold the same data, settings and weights: one that does not would quietly spoil the others'."""
     if world.size == 1:
         return
-    sums_W = world.gather_rows(torch.stack([parameter.detach().double().sum() for parameter in model.parameters()]).sum()[None])
-    if (sums_W != sums_W[0]).any():
+    settings = json.dumps(_settings(json.loads(to_json(config))), sort_keys=True)
+    if not _agree(world, model, _number_of(shards.fingerprint)):
+        raise ConfigError("the ranks read different shards (their manifests differ); give every node the same ones")
+    if not _agree(world, model, _number_of(settings)):
+        raise ConfigError("the ranks were started with different settings; give every node the same command")
+    if not _agree(world, model, torch.stack([parameter.detach().double().sum() for parameter in model.parameters()]).sum()):
         raise ConfigError("the ranks start from different weights; give every node the same torch version, run folder and checkpoint")
+
+
+def _agree(world: World, model: nn.Module, value: Tensor) -> bool:
+    """Whether `value` [] is the same on all ranks."""
+    values_W = world.gather_rows(value.to(next(model.parameters()).device)[None])
+    return bool((values_W == values_W[0]).all())
+
+
+def _number_of(text: str) -> Tensor:
+    """int64 []: a fingerprint."""
+    return torch.tensor(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+
+
+def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What changes results, by full name. "auto" may choose a loader by a rank's free memory; all but one of them serve the same order."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, dict):
+            found |= _settings(value, f"{full}.")
+        elif full not in _FREE_ON_RESUME:
+            found[full] = value == "webdataset" if full == "data.loader" else value
+    return found
 
 
 def require_same_config(saved: dict[str, Any], asked: dict[str, Any], path: Path, prefix: str = "") -> None:

@@ -68,6 +68,8 @@ class Trainer:
                 f"{shards.root} holds data set '{shards.dataset}', not '{config.dataset}'; name the right --shards or --dataset"
             )
         self.shards, self.out, self.world = shards, out, world
+        # Opened before anything that can fail on one machine alone, so that the others hear of it at once.
+        self._agreement = world.agreement()
         self.console = console if world.is_main else Console(quiet=True)
         self.placement: Placement = resolve_placement(config, world.local_rank)
         apply_numerics(config)
@@ -92,9 +94,10 @@ class Trainer:
             raise self._too_large() from None
         self.state = RunState(config, shards, self.step, world)
         self.saves = Saves(out, config.checkpoint, self.state, world, self._say_loudly)
-        self._agreement = world.agreement()
         self._said_data_binds = False
         self._stop = StopRequest()
+        self._agreement.exchange(False, False)
+        self._agreement.settle()  # everybody is ready
 
     def _image_size(self, epoch: int) -> int:
         """Side of the training images of an epoch."""
@@ -156,7 +159,7 @@ class Trainer:
         )
 
     def _fit(self) -> RunResult:
-        require_same_start(self.model, self.world)
+        require_same_start(self.model, self.world, self.config, self.shards)
         cursor = self.state.cursor
         if self.world.is_main:
             self._write_record()

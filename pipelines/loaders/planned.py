@@ -136,7 +136,10 @@ class PlannedLoader:
                 stream.close()  # its own, at once: an epoch that is dropped holds no threads until the next one begins
 
     def step_ids(self, epoch: int, step: int) -> IntArray:
-        """int64 [S]: what all ranks together are given at `step` of a training epoch, instance stream and then partner stream."""
+        """int64 [S]: what all ranks together are given at `step` of a training epoch, instance stream and then partner stream.
+
+        Stand-ins of damaged samples are those that this rank has met.
+        """
         positions = self._order.step_positions(step)
         ids_S = np.concatenate([stream[positions] for stream in (self._order.instance_epoch(epoch), self._order.partner_epoch(epoch))])
         return ids_S if self._substitutes_N is None else self._substitutes_N[ids_S]

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bce3s.config import LossConfig, OptimizerConfig, TrainConfig
+from bce3s.device import apply_numerics
 from bce3s.losses import LOSSES, fused_bce
 from bce3s.step import TrainStep
 from pipelines.augment import mix
@@ -102,8 +103,12 @@ def test_the_tape_sees_a_number_that_python_computes_anew() -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_graphed_run_gives_the_losses_of_an_eager_one(make_shards: Any, loss: str, precision: str) -> None:
+def test_a_graphed_run_gives_the_losses_of_an_eager_one(
+    make_shards: Any, request: pytest.FixtureRequest, loss: str, precision: str
+) -> None:
     config = replace(CONFIG, device="cuda", precision=precision, deterministic=True, loss=LossConfig(name=loss))
+    apply_numerics(config)
+    request.addfinalizer(lambda: apply_numerics(CONFIG))
     totals: dict[bool, list[float]] = {}
     for graphed in (False, True):
         step = step_for(replace(config, cuda_graphs=graphed))

@@ -216,7 +216,7 @@ def test_contrastive_term_reads_the_memory_of_the_step_before() -> None:
 @pytest.mark.parametrize("samples", [0, 6])
 def test_the_mean_over_shares_of_one_batch_is_the_loss_of_the_whole(samples: int) -> None:
     whole, whole_features = run("bce3s", uniform_samples=samples)
-    parts = [run("bce3s", share=Share(i, 4), uniform_samples=samples)[0] for i in range(4)]
+    parts = [run("bce3s", share=Share(i, 4, 0.25), uniform_samples=samples)[0] for i in range(4)]
     torch.testing.assert_close(torch.stack([part.total for part in parts]).mean(), whole.total)
     torch.testing.assert_close(torch.stack([part.terms["uniform"] for part in parts]).mean(), whole.terms["uniform"])
     whole.total.backward()
@@ -226,7 +226,7 @@ def test_the_mean_over_shares_of_one_batch_is_the_loss_of_the_whole(samples: int
 def test_a_share_without_a_part_in_the_uniform_term_still_has_every_gradient() -> None:
     """Ranks wait for each other's gradients: none may be missing."""
     heads = heads_for(10)
-    output, _ = run("bce3s", heads=heads, share=Share(3, 4), epoch=0)
+    output, _ = run("bce3s", heads=heads, share=Share(3, 4, 0.25), epoch=0)
     assert output.terms["uniform"] == 0
     output.total.backward()
     assert heads.classifier.weight.grad is not None

@@ -49,7 +49,7 @@ def test_blocks_of_any_size_give_the_dense_value_and_gradient(dtype: torch.dtype
 @pytest.mark.parametrize("samples", [0, 4])
 def test_gradient_is_the_derivative(samples: int) -> None:
     key = torch.tensor(11)
-    assert torch.autograd.gradcheck(lambda rows: uniform_term(rows, Share(1, 2), samples, key, block_rows=2), (rows_of(7, 3),))
+    assert torch.autograd.gradcheck(lambda rows: uniform_term(rows, Share(1, 2, 0.5), samples, key, block_rows=2), (rows_of(7, 3),))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -58,7 +58,7 @@ def test_gradient_is_the_derivative(samples: int) -> None:
 def test_the_mean_over_shares_is_the_whole(count: int, block_rows: int, samples: int) -> None:
     """Blocks of 100 rows make one pair: most shares have none."""
     rows, key = rows_of(12, 5), torch.tensor(3)
-    parts = [value_and_gradient(uniform_term(rows, Share(i, count), samples, key, block_rows), rows) for i in range(count)]
+    parts = [value_and_gradient(uniform_term(rows, Share(i, count, 1 / count), samples, key, block_rows), rows) for i in range(count)]
     whole = value_and_gradient(uniform_term(rows, Share(), samples, key, block_rows), rows)
     for place, expected in enumerate(whole):
         torch.testing.assert_close(sum(part[place] for part in parts) / count, expected, rtol=1e-12, atol=1e-12)
@@ -157,9 +157,15 @@ def test_triton_kernel_gives_the_same_block() -> None:
     assert json.loads(result.stdout) == [True] * len(cases)
 
 
-@pytest.mark.parametrize(("dtype", "pointer"), [(torch.bfloat16, "*bf16"), (torch.float32, "*fp32")])
-def test_triton_kernel_compiles_for_a_gpu(dtype: torch.dtype, pointer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Half precision on the tensor cores, float32 as float32, copies of 16 bytes that overlap the products."""
+KINDS_OF_PRODUCTS = [(torch.bfloat16, "*bf16", "ieee"), (torch.float32, "*fp32", "ieee"), (torch.float32, "*fp32", "tf32")]
+
+
+@pytest.mark.parametrize(("dtype", "pointer", "precision"), KINDS_OF_PRODUCTS)
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow), 100, pytest.param(120, marks=pytest.mark.slow)])
+def test_triton_kernel_compiles_for_a_gpu(
+    dtype: torch.dtype, pointer: str, precision: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Half precision on the tensor cores, float32 as it is or as TF32, copies of 16 bytes that overlap the products."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from bce3s.losses import uniform_triton
@@ -172,6 +178,7 @@ def test_triton_kernel_compiles_for_a_gpu(dtype: torch.dtype, pointer: str, monk
         "ROWS": uniform_triton.BLOCK_ROWS,
         "COLUMNS": uniform_triton.BLOCK_COLUMNS,
         "DEPTH": uniform_triton.BLOCK_DEPTHS[dtype],
+        "PRECISION": precision,
     }
     source = triton.compiler.ASTSource(
         fn=uniform_triton._block_kernel,
@@ -179,14 +186,15 @@ def test_triton_kernel_compiles_for_a_gpu(dtype: torch.dtype, pointer: str, monk
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(7)},
     )
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     options = {"num_warps": uniform_triton.NUM_WARPS, "num_stages": uniform_triton.NUM_STAGES}
     compiled = triton.compile(source, target=target, options=options)
     assembly = compiled.asm["ptx"]
-    assert ("wgmma" in assembly) == (dtype == torch.bfloat16)
-    assert "tf32" not in assembly
+    assert ("tf32" in assembly) == (precision == "tf32")
     assert "cp.async.cg.shared.global" in assembly
-    assert compiled.metadata.shared <= 227 << 10  # of an sm_90 multiprocessor
+    if capability == 90:
+        assert ("wgmma" in assembly) == (dtype == torch.bfloat16 or precision == "tf32")
+    assert compiled.metadata.shared <= (99 if capability == 120 else 163) << 10  # of a multiprocessor, the least of 80, 90 and 100
 
 
 # ---- CUDA
