@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from bce3s.throughput.command import profile, resolve_config
 from pipelines.datasets import DATASETS
-from pipelines.types import ShardError, UserError
+from pipelines.types import ConfigError, ShardError, UserError
 
 if TYPE_CHECKING:
     from bce3s.train import Cursor
@@ -65,6 +65,8 @@ def fast_train(
     if print_config:
         typer.echo(to_json(config))
         return
+    if seeds and seed is not None:
+        raise ConfigError("--seeds names the seeds of all runs, so --seed says nothing beside it: give one of them")
     name = f"{dataset}-{config.loss.name}-{config.model.arch}"
     asked = Launch(
         shards=shards or Path("shards") / dataset,
@@ -96,6 +98,7 @@ def evaluate_run(
     from dataclasses import replace
 
     import numpy as np
+    import torch
 
     from bce3s.checkpoint import load_checkpoint, require_same_data
     from bce3s.device import resolve_device
@@ -113,8 +116,9 @@ def evaluate_run(
     require_choice("checkpoint", checkpoint, ("last", "best"))
     recorded = read_json(run / ENVIRONMENT_FILE)
     path = newest_checkpoint(run) if checkpoint == "last" else run / BEST_CHECKPOINT
-    state = load_checkpoint(path, resolve_device(device))
-    location = shards or recorded["shards"]
+    resolve_device(device)  # before a large file is read
+    state = load_checkpoint(path, torch.device("cpu"))
+    location = shards or str(recorded.get("shards", ""))
     if shards is None and not is_remote(location) and not Path(location).is_dir():
         raise ShardError(f"the shards of {run} are not at {location} any more; name where they are with --shards")
     opened = open_shards(location)

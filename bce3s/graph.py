@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.types import BackendError, Batch
 
+Kind = tuple[Hashable, torch.Size]  # phase of the loss, shape of the images
 WARM_UP_STEPS = 3  # real ones: they allocate what lives on, such as optimizer states and libraries' workspaces
 
 
@@ -35,8 +36,8 @@ class GraphedStep:
 
     def __init__(self, step: Callable[[Batch], dict[str, Tensor]], device: torch.device) -> None:
         self._step, self._device = step, device
-        self._num_warm: dict[Hashable, int] = {}
-        self._captured: dict[Hashable, _Captured] = {}
+        self._num_warm: dict[Kind, int] = {}
+        self._captured: dict[Kind, _Captured] = {}
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -49,6 +50,7 @@ class GraphedStep:
         kind = (phase, batch.images_SHWC.shape)
         captured = self._captured.get(kind)
         if captured is None:
+            self._forget_other(phase, batch.images_SHWC.shape[1:])
             if self._num_warm.get(kind, 0) < WARM_UP_STEPS:
                 self._num_warm[kind] = self._num_warm.get(kind, 0) + 1
                 return self._eagerly(batch)
@@ -60,6 +62,13 @@ class GraphedStep:
         captured.inputs.mix.copy_(batch.mix)
         captured.graph.replay()
         return captured.terms
+
+    def _forget_other(self, phase: Hashable, image_shape: torch.Size) -> None:
+        """Graphs of phases and image sizes that are over hold memory that the next eager steps need; they do not come back."""
+        kept = {kind: each for kind, each in self._captured.items() if kind[0] == phase and kind[1][1:] == image_shape}
+        if self._captured and not kept:
+            self._pool = torch.cuda.graph_pool_handle()
+        self._captured = kept
 
     def _eagerly(self, batch: Batch) -> dict[str, Tensor]:
         """On the stream that captures, as torch asks for: what is allocated for later steps belongs to it."""

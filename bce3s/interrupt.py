@@ -20,6 +20,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._interrupted = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -35,6 +36,7 @@ class StopRequest:
         self._before = {}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None and number == signal.SIGINT:
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
         self.name = self.name or signal.Signals(number).name

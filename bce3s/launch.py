@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +13,28 @@ from rich.console import Console
 
 from bce3s.checkpoint import CheckpointFolder
 from bce3s.config import TrainConfig
-from bce3s.distributed import ALONE, LostRankError, World, is_launched, is_lost_rank, join_world, leave_world
+from bce3s.distributed import (
+    ALONE,
+    LostRankError,
+    World,
+    abandon_world,
+    is_abandoned_on_error,
+    is_launched,
+    is_lost_rank,
+    join_world,
+    leave_world,
+)
+from bce3s.interrupt import StopRequest
 from bce3s.progress import accuracy_table
-from bce3s.seeds import combine, finished_summary, seeds_table, write_seeds
-from bce3s.train import RunResult, StoppedError, Trainer, saved_loader
+from bce3s.runlog import ENVIRONMENT_FILE, METRICS_FILE, read_json
+from bce3s.seeds import combine, is_finished, seeds_table, summary_of, write_seeds
+from bce3s.train import RunResult, StoppedError, Trainer, require_same_record, saved_loader
 from pipelines.config import require_choice
 from pipelines.datasets import shot_groups
-from pipelines.format import ShardSet, open_shards
+from pipelines.format import open_shards
 from pipelines.format.bus_error import explain_bus_errors_of
 from pipelines.loaders import LOADERS, MADE_UP_PIXELS
-from pipelines.types import ConfigError
+from pipelines.types import ConfigError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,61 +68,97 @@ def launch(config: TrainConfig, asked: Launch) -> None:
     if asked.resume and asked.overwrite:
         raise ConfigError("--resume continues a run and --overwrite starts it anew: give one of them")
     world = join_world(config.device) if is_launched() else ALONE
-    if world.restart:  # the launcher has replaced a rank that died: whatever the first command said, the run goes on
-        asked = replace(asked, resume=True, overwrite=False)
     console = Console(quiet=not world.is_main)
     try:
-        opened = open_shards(asked.shards)
-        explain_bus_errors_of(opened.root)
-        if asked.seeds:
-            _train_seeds(config, opened, asked, console, world)
-        else:
-            _train(config, opened, asked, console, world)
+        with StopRequest() as stop:
+            _Launched(config, asked, console, world, stop).train()
     except StoppedError as stopped:
         console.print(_continuation(stopped, asked, world), highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
-        console.print(f"interrupted; --resume continues from the newest checkpoint in {asked.out}", highlight=False, soft_wrap=True)
+        console.print(f"interrupted; the same command with --resume goes on from the newest checkpoint in {asked.out}, if there is one")
+        abandon_world(130)
         raise SystemExit(130) from None
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        raise LostRankError.of(error) from error
+    except BaseException as error:
+        _leave_after(error)
+        raise
     leave_world()
 
 
-def _train_seeds(config: TrainConfig, shards: ShardSet, asked: Launch, console: Console, world: World) -> None:
-    """One run a seed, in folders of their own; with `resume`, those that are finished are read and not repeated."""
-    summaries = {}
-    for seed in asked.seeds:
-        one = replace(asked, out=asked.out / f"s{seed}", resume=asked.resume)
-        found = finished_summary(one.out) if asked.resume else None
-        if found is None:
-            _train(replace(config, seed=seed), shards, one, console, world)
-            found = finished_summary(one.out) if world.is_main else {}
-        assert found is not None, "a run that ended well has a summary"
-        summaries[seed] = found
-    if world.is_main:
-        combined = combine(summaries)
-        write_seeds(asked.out, combined)
-        console.print(seeds_table(combined))
+def _leave_after(error: BaseException) -> None:
+    """An error that is another rank's end becomes its sentence; a rank that peers may wait for says its own and ends at once."""
+    if isinstance(error, RuntimeError) and is_lost_rank(error):
+        error = LostRankError.of(error)
+        _abandon_saying(error)
+        raise error
+    _abandon_saying(error)
 
 
-def _train(config: TrainConfig, shards: ShardSet, asked: Launch, console: Console, world: World) -> None:
-    out = asked.out
-    has_run = CheckpointFolder(out, config.checkpoint.keep).newest() is not None
-    if has_run and not (asked.resume or asked.overwrite):
-        raise ConfigError(f"{out} holds a run already; add --resume to continue it, --overwrite to start anew, or choose another --out")
-    continues = has_run and asked.resume
-    if continues and config.data.loader == "auto":
-        config = replace(config, data=replace(config.data, loader=saved_loader(out)))
-    trainer = Trainer(config, shards, out, console, world)
-    try:
-        cursor = trainer.resume() if continues else None
-        _introduce(console, trainer, f"; continuing after {cursor}" if cursor else "", world)
-        result = trainer.fit()
-    finally:
-        trainer.close()
-    _print_result(console, trainer, result)
+def _abandon_saying(error: BaseException) -> None:
+    """Prints what `bce3s.cli` would, in case the process ends here."""
+    if is_abandoned_on_error():
+        text = f"error: {error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        print(text, file=sys.stderr)  # noqa: T201
+        abandon_world(2 if isinstance(error, UserError) else 1)
+
+
+class _Launched:
+    """The runs of one launch, on one rank."""
+
+    def __init__(self, config: TrainConfig, asked: Launch, console: Console, world: World, stop: StopRequest) -> None:
+        self.config, self.asked, self.console, self.world, self.stop = config, asked, console, world, stop
+        self.shards = open_shards(asked.shards)
+        explain_bus_errors_of(self.shards.root)
+
+    def train(self) -> None:
+        """All runs, one a seed; mistakes in any of them are found before the first one trains."""
+        asked = self.asked
+        if not asked.seeds:
+            self._train(self.config, asked.out, self._way(self.config, asked.out))
+            return
+        runs = {seed: (replace(self.config, seed=seed), asked.out / f"s{seed}") for seed in asked.seeds}
+        ways = {seed: self._way(config, out) for seed, (config, out) in runs.items()}
+        if self.world.is_main:
+            for seed, (_, out) in runs.items():
+                if ways[seed] == "anew":  # else a stop in the first run would leave old ones that look finished
+                    (out / METRICS_FILE).unlink(missing_ok=True)
+        for seed, (config, out) in runs.items():
+            if ways[seed] != "finished":
+                self._train(config, out, ways[seed])
+        if self.world.is_main:
+            combined = combine({seed: summary_of(out) for seed, (_, out) in runs.items()})
+            write_seeds(asked.out, combined)
+            self.console.print(seeds_table(combined))
+
+    def _way(self, config: TrainConfig, out: Path) -> str:
+        """What is to be done with a run: "anew", "on" from its checkpoint, or, as one of several seeds, nothing because it is "finished".
+
+        Raises:
+            ConfigError: there is a run, and nobody said what to do with it; or it is of another config or other shards.
+        """
+        asked = self.asked
+        has_run = CheckpointFolder(out, config.checkpoint.keep).newest() is not None
+        # The launcher has replaced a rank that died: whatever the command said about older runs, this job's own goes on.
+        own = self.world.restart > 0 and has_run and read_json(out / ENVIRONMENT_FILE).get("job") == self.world.job
+        if has_run and not (asked.resume or asked.overwrite or own):
+            raise ConfigError(f"{out} holds a run already; add --resume to continue it, --overwrite to start anew, or choose another --out")
+        if not has_run or (asked.overwrite and not own):
+            return "anew"
+        if asked.seeds and is_finished(out):
+            require_same_record(out, config, self.shards)
+            return "finished"
+        return "on"
+
+    def _train(self, config: TrainConfig, out: Path, way: str) -> None:
+        if way == "on" and config.data.loader == "auto":
+            config = replace(config, data=replace(config.data, loader=saved_loader(out)))
+        trainer = Trainer(config, self.shards, out, self.console, self.world, stop=self.stop, continues=way == "on")
+        try:
+            cursor = trainer.resume() if way == "on" else None
+            _introduce(self.console, trainer, f"; continuing after {cursor}" if cursor else "", self.world)
+            result = trainer.fit()
+        finally:
+            trainer.close()
+        _print_result(self.console, trainer, result)
 
 
 def _introduce(console: Console, trainer: Trainer, continuing: str, world: World) -> None:
@@ -131,7 +181,8 @@ def _print_result(console: Console, trainer: Trainer, result: RunResult) -> None
     rows = {"last epoch": result.last, "last epoch, flip TTA": result.last_flip_tta}
     if result.last_average is not None:
         rows["last epoch, average of weights"] = result.last_average
-    rows[f"best epoch on {result.selection_split} ({result.best_epoch + 1})"] = result.best
+    if result.best is not None:
+        rows[f"best epoch on {result.selection_split} ({result.best_epoch + 1})"] = result.best
     sizes = {name: int(members.sum()) for name, members in shot_groups(trainer.train_counts_K).items()}
     caption = f"{sizes['many']} many-, {sizes['medium']} medium-, {sizes['few']} few-shot classes; {result.last.num_images:,} images"
     console.print(accuracy_table(f"{result.report_split} split", rows, caption))

@@ -64,9 +64,14 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Closes the file."""
+        """Closes the file; lines that still find no room are lost, which `complete` says."""
         if self._path is not None:
             self._file.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every line is on disk."""
+        return not self._waiting
 
 
 def _is_before(line: dict[str, Any], epoch: int, step: int) -> bool:
@@ -80,11 +85,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or "kind" not in line:
+            break
+        lines.append(line)
     return lines
 
 

@@ -27,15 +27,23 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"--seeds takes whole numbers, such as 0,1,2, not '{text}'") from None
+    if min(seeds) < 0:
+        raise ConfigError(f"--seeds takes numbers from 0 on, not '{text}'")
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {text} names a seed twice; equal seeds give equal runs")
     return seeds
 
 
-def finished_summary(run: Path) -> dict[str, Any] | None:
-    """The summary that ends the log of a finished run; None for any other."""
+def is_finished(run: Path) -> bool:
+    """Whether the log of a run ends with its summary."""
     lines = read_metrics(run)
-    return lines[-1] if lines and lines[-1]["kind"] == "summary" else None
+    return bool(lines) and lines[-1]["kind"] == "summary"
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    """The summary of a finished run."""
+    assert is_finished(run), "only a run that ended well is summed up"
+    return read_metrics(run)[-1]
 
 
 def combine(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -44,7 +52,8 @@ def combine(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:
     Args:
         summaries: seed -> summary line, of at least one run.
     """
-    measures = [name for name, value in next(iter(summaries.values())).items() if isinstance(value, dict)]
+    first, *others = summaries.values()
+    measures = [name for name, value in first.items() if isinstance(value, dict) and all(name in other for other in others)]
     figures = {
         measure: {group: _spread([summary[measure][group] for summary in summaries.values()]) for group in GROUPS} for measure in measures
     }

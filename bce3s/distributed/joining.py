@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import re
 import socket
+import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,8 +21,9 @@ from pipelines.types import BackendError, ConfigError
 JOIN_TIMEOUT_S = 300.0
 """How long a rank waits for the others to start."""
 
-# Rank 0 writes checkpoints and evaluates while the others wait in a collective; a peer that dies is noticed at once all the same.
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Rank 0 writes its last checkpoint while the others wait in a collective. A peer that dies is noticed at once by gloo; under NCCL, whose
+# kernels wait on the device, it may take this long.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _LAUNCHERS = "start the ranks with torchrun or srun, which set that"
 
 
@@ -77,15 +78,29 @@ def join_world(device_name: str, *, timeout_s: float = JOIN_TIMEOUT_S) -> World:
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_COLLECTIVE_TIMEOUT, device_id=device)
     except (RuntimeError, ValueError, TimeoutError) as error:
         raise _join_error(error, seat, timeout_s) from error
-    # A group left open at exit makes NCCL complain and may make peers wait.
-    atexit.register(leave_world)
-    return replace(world, restart=start.restart)
+    return replace(world, restart=start.restart, job=start.job)
 
 
 def leave_world() -> None:
-    """Closes the process group and what was opened beside it; nothing where there is none."""
+    """Closes the process group and what was opened beside it, at a good end; nothing where there is none.
+
+    After an error it must not be called under NCCL, nor at exit: closing waits for the peers, which may wait for this rank.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_abandoned_on_error() -> bool:
+    """Whether `abandon_world` would end this process."""
+    return bool(dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl")
+
+
+def abandon_world(status: int) -> None:
+    """Ends this process at once where it is one of several ranks under NCCL, so that the others hear of its error; else returns."""
+    if is_abandoned_on_error():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 # ---- the launchers
@@ -113,7 +128,7 @@ def _seat_of_torchrun() -> _Seat:
 def _seat_of_srun() -> _Seat:
     if not _by_srun():
         return _Seat(World(), "", 0)
-    world = World(_number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_LOCALID"), _restart())
+    world = World(_number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_LOCALID"), _restart(), _slurm_job())
     nodes = next((os.environ[name] for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST") if os.environ.get(name)), "")
     host = os.environ.get("MASTER_ADDR") or first_host(nodes)
     if not host:
@@ -130,6 +145,11 @@ def first_host(nodes: str) -> str:
 
 def _restart() -> int:
     return _number("TORCHELASTIC_RESTART_COUNT", 0) + _number("SLURM_RESTART_COUNT", 0)
+
+
+def _slurm_job() -> str:
+    # A job that SLURM requeues keeps its number.
+    return f"slurm-{os.environ['SLURM_JOB_ID']}" if os.environ.get("SLURM_JOB_ID") else ""
 
 
 def _number(name: str, default: int | None = None) -> int:

@@ -11,14 +11,15 @@ import torch.distributed as dist
 from bce3s.distributed.world import World
 
 RETRY_S = 0.05
-_OFFER, _NUM_STARTS = "bce3s/offer", "bce3s/starts"
+_OFFER, _NUM_STARTS, _JOB = "bce3s/offer", "bce3s/starts", "bce3s/job"
 
 
 class Start(NamedTuple):
-    """One start of a run: what to put before its keys in the store, and how often the run was started before."""
+    """One start of a run: what to put before its keys in the store, how many there were before, and the word of all of them."""
 
     name: str
     restart: int
+    job: str
 
 
 def agree_on_start(store: dist.Store, world: World, timeout_s: float) -> Start:
@@ -45,7 +46,7 @@ def agree_on_start(store: dist.Store, world: World, timeout_s: float) -> Start:
     name = _take_offer(store, world, deadline_s)
     while not store.check([f"{name}/restart"]):
         _pause(deadline_s, "rank 0 waits for another")
-    return Start(name, int(store.get(f"{name}/restart")))
+    return Start(name, int(store.get(f"{name}/restart")), store.get(_JOB).decode())
 
 
 def _lead(store: dist.Store, world: World, deadline_s: float) -> Start:
@@ -57,9 +58,11 @@ def _lead(store: dist.Store, world: World, deadline_s: float) -> Start:
             store.set(_OFFER, " ".join([name, *(store.get(_word_of(rank)).decode() for rank in others)]))
         missing = [str(rank) for rank, answer in zip(others, answers, strict=True) if not store.check([answer])]
         _pause(deadline_s, f"missing: {', '.join(missing[:8])}{' and others' if len(missing) > 8 else ''}")
+    if not store.check([_JOB]):
+        store.set(_JOB, world.job or secrets.token_hex(8))
     restart = max(world.restart, num_earlier_starts, *(int(store.get(answer)) for answer in answers))
     store.set(f"{name}/restart", str(restart))
-    return Start(name, restart)
+    return Start(name, restart, store.get(_JOB).decode())
 
 
 def _take_offer(store: dist.Store, world: World, deadline_s: float) -> str:

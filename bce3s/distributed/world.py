@@ -62,12 +62,14 @@ class World:
         size: number of ranks.
         local_rank: its number on its machine, from 0, and that of its GPU.
         restart: how often the launcher has started this run again.
+        job: a word that is the same in all these starts, and in no other job; empty without a launcher.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     restart: int = 0
+    job: str = ""
 
     @property
     def is_main(self) -> bool:

@@ -36,7 +36,8 @@ def saved_loader(run: Path) -> str:
     Raises:
         UserError: its config is missing or damaged; names the path.
     """
-    return str(read_json(run / CONFIG_FILE).get("data", {}).get("loader", "auto"))
+    data = read_json(run / CONFIG_FILE).get("data")
+    return str(data.get("loader", "auto")) if isinstance(data, dict) else "auto"
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -57,17 +58,22 @@ def average_applied(state: dict[str, Any], model: Recogniser, config: TrainConfi
     Raises:
         ConfigError: the run, or this checkpoint of it, keeps none.
     """
-    if state["average"] is None:
+    if state.get("average") is None:
         raise ConfigError(f"{path} holds no moving average; train with --set ema_decay=0.999, and take --checkpoint last")
     average = WeightAverage(model, config.ema_decay)
     average.load_state_dict(state["average"])
     return average.applied()
 
 
+def without_pretrained(config: TrainConfig) -> TrainConfig:
+    """For a network whose checkpoint holds every weight: the file it started from may be gone."""
+    return replace(config, model=replace(config.model, pretrained=""))
+
+
 def load_run(state: dict[str, Any], device: str) -> tuple[TrainConfig, Placement, Recogniser]:
     """The config, placement and trained network of a checkpoint, on `device` ("auto" chooses); an fp16 run is read as fp32 on a CPU."""
     config = from_dict(TrainConfig, {**json.loads(state["config"]), "device": device})
-    config = replace(config, model=replace(config.model, pretrained=""))  # the checkpoint holds every weight
+    config = without_pretrained(config)
     if config.precision == "fp16" and resolve_device(device).type == "cpu":
         config = replace(config, precision="fp32")
     placement = resolve_placement(config)

@@ -15,6 +15,8 @@ from bce3s.distributed import World
 from bce3s.train.build import BEST_CHECKPOINT
 from bce3s.train.state import Cursor, RunState
 
+clock_s = time.monotonic
+
 
 class Saves:
     """The checkpoints of one run: due by the clock, by steps or by epochs, written in the background by the main rank.
@@ -31,12 +33,13 @@ class Saves:
         self._state, self._world, self._say = state, world, say
         self._writer = CheckpointWriter(self.folder) if world.is_main else None
         self._best: dict[str, Any] | None = None
+        self._best_is_saved = False
         self.begin()
 
     def begin(self) -> None:
         """Counts from where the run is now."""
         cursor = self._state.cursor
-        self._saved_epoch, self._saved_step, self._saved_s = cursor.epoch, cursor.global_step, time.monotonic()
+        self._saved_epoch, self._saved_step, self._saved_s = cursor.epoch, cursor.global_step, clock_s()
         self.forget_asking()
 
     def forget_asking(self) -> None:
@@ -50,6 +53,7 @@ class Saves:
 
     def ask(self) -> bool:
         """`due`, once: the ranks' answer comes a step later, and must not be asked for twice."""
+        self.report()
         wanted = self.due and not self._asked
         self._asked = self._asked or wanted
         return wanted
@@ -58,16 +62,16 @@ class Saves:
         passed = {
             "epoch": cursor.epoch - self._saved_epoch,
             "step": cursor.global_step - self._saved_step,
-            "s": time.monotonic() - self._saved_s,
+            "s": clock_s() - self._saved_s,
         }
         return passed[self._interval.unit] >= self._interval.count
 
     def keep_best(self) -> None:
         """Remembers the weights as they are; they are written with the next save, so that the two always belong together."""
         if self._writer is not None:
-            state = self._state.state_dict()
-            weights = {name: value.detach().clone() for name, value in state["model"].items()}
-            self._best = {**state, "model": weights, "optimizer": None, "scaler": None, "average": None, "means": None}
+            state = self._state.weights_dict()
+            self._best = {**state, "model": {name: value.detach().clone() for name, value in state["model"].items()}}
+            self._best_is_saved = False
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """Those of the best epoch, if that lies in this process's part of the run; on the main rank."""
@@ -78,32 +82,33 @@ class Saves:
         with self._state.rank_average() as statistics_WR:
             state = {**self._state.state_dict(), "rank_statistics": statistics_WR}
             if self._writer is not None:
-                also = {} if self._best is None else {self._best_path: self._best}
+                also = {} if self._best is None or self._best_is_saved else {self._best_path: self._best}
                 self._writer.submit(self._state.cursor.global_step, state, also)
+                self._best_is_saved = self._best is not None  # unless `report` hears otherwise
                 self.begin()
         self.report()
 
-    def save_and_wait(self) -> bool:
-        """Like `save`, once the save before is done, and returns when this one is too: whether it stands; True on the other ranks."""
+    def save_and_wait(self) -> list[str]:
+        """Like `save`, once the save before is done, and returns when this one is too: why it does not stand, nothing if it does."""
         if self._writer is not None:
             self._writer.wait()
             self.report()
         self.save()
         if self._writer is None:
-            return True
+            return []
         self._writer.wait()
-        return not self.report()
+        return self.report()
 
-    def report(self) -> bool:
-        """Tells a person of saves that failed since the last call; whether there were any."""
+    def report(self) -> list[str]:
+        """Tells a person of saves that failed since the last call; returns the sentences."""
         failures = self._writer.failures() if self._writer is not None else []
         for sentence in failures:
-            newest = self.folder.newest()
-            stands = f"{newest} still stands" if newest else "nothing is saved yet"
-            self._say(f"NOT SAVED: {sentence}; {stands}, and training goes on")
-        return bool(failures)
+            self._best_is_saved = False
+            self._say(f"NOT SAVED: {sentence}; training goes on")
+        return failures
 
     def close(self) -> None:
         """Waits for what is being written."""
         if self._writer is not None:
             self._writer.close()
+            self.report()

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from bce3s.checkpoint import require_same_data
 from bce3s.config import TrainConfig, to_json
-from bce3s.device import environment
+from bce3s.device import package_versions
 from bce3s.distributed import World, load_running_statistics, running_statistics
+from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, read_json
 from bce3s.step import TrainStep
+from bce3s.train.build import saved_loader
 from bce3s.train.means import TermMeans
 from pipelines.format import ShardSet
 from pipelines.types import ConfigError
@@ -26,6 +28,7 @@ from pipelines.types import ConfigError
 _FREE_ON_RESUME = {
     *("device", "log_every", "data.num_threads", "data.prefetch_batches", "data.on_error", "data.stream.patience_s"),
     *("data.dali.feed", "data.dali.hw_decoder_load", "data.resident.cache", "cuda_graphs", "checkpoint.every", "checkpoint.keep"),
+    "precision",  # what it resolves to is compared
 }
 
 
@@ -73,20 +76,27 @@ class RunState:
         self.means = TermMeans(world)
 
     def state_dict(self) -> dict[str, Any]:
-        """The tensors are the live ones, to be copied before the next step; all ranks call it together, inside `rank_average`."""
-        step, config, shards = self._step, self._config, self._shards
+        """Everything; the tensors are the live ones, to be copied before the next step, inside `rank_average`."""
+        step = self._step
         return {
-            "model": step.model.state_dict(),
+            **self.weights_dict(),
             "optimizer": step.optimizer.state_dict(),
-            "scaler": step.scaler.state_dict(),
+            "scaler": _scale(step.scaler),
             "average": None if step.average is None else step.average.state_dict(),
             "means": self.means.state(),
             "generators": _generators(step.placement.device),
+        }
+
+    def weights_dict(self) -> dict[str, Any]:
+        """What it takes to evaluate: the network, and what identifies the run; live tensors."""
+        step, config, shards = self._step, self._config, self._shards
+        return {
+            "model": step.model.state_dict(),
             "cursor": asdict(self.cursor),
             "config": to_json(config),
             "precision": step.placement.precision,
             "world_size": self._world.size,
-            "versions": environment(step.placement.device)["versions"],
+            "versions": package_versions(),
             "dataset": shards.dataset,
             "fingerprint": shards.fingerprint,
             "class_names": list(shards.class_names),
@@ -146,7 +156,7 @@ class RunState:
             )
         step.model.load_state_dict(state["model"])
         step.optimizer.load_state_dict(state["optimizer"])
-        step.scaler.load_state_dict(state["scaler"])
+        _restore_scale(step.scaler, state["scaler"])
         if step.average is not None:
             step.average.load_state_dict(state["average"])
         self.means.load_state(state["means"], step.placement.device)
@@ -155,6 +165,20 @@ class RunState:
         statistics_WR = state.get("rank_statistics")
         if statistics_WR is not None and len(statistics_WR) == self._world.size and not self._config.sync_batch_norm:
             self._load_statistics(statistics_WR[self._world.rank])
+
+
+def _scale(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """fp16's loss scale as it lies on the device: the scaler's own state dict waits for it. Empty in other precisions."""
+    # A scaler that is off, or has not scaled yet, has no such tensors.
+    if not scaler.is_enabled() or scaler._scale is None or scaler._growth_tracker is None:
+        return {}
+    return {"scale": scaler._scale, "growth_tracker": scaler._growth_tracker}
+
+
+def _restore_scale(scaler: torch.amp.GradScaler, saved: dict[str, Tensor]) -> None:
+    if saved:
+        values = {"scale": saved["scale"].item(), "_growth_tracker": int(saved["growth_tracker"].item())}
+        scaler.load_state_dict({**scaler.state_dict(), **values})
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
@@ -203,6 +227,19 @@ def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         elif full not in _FREE_ON_RESUME:
             found[full] = value == "webdataset" if full == "data.loader" else value
     return found
+
+
+def require_same_record(run: Path, config: TrainConfig, shards: ShardSet) -> None:
+    """Raises `ConfigError` unless the run in folder `run` was trained with this config on these shards, by its record."""
+    saved, recorded = read_json(run / CONFIG_FILE), read_json(run / ENVIRONMENT_FILE)
+    asked = json.loads(to_json(config))
+    if config.data.loader == "auto":
+        asked["data"]["loader"] = saved_loader(run)
+    require_same_config(saved, asked, run)
+    if recorded.get("fingerprint") != shards.fingerprint:
+        raise ConfigError(
+            f"{run} was trained on other shards than {shards.root} (manifests differ); name the right --shards or another --out"
+        )
 
 
 def require_same_config(saved: dict[str, Any], asked: dict[str, Any], path: Path, prefix: str = "") -> None:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from bce3s.checkpoint import CheckpointError, load_checkpoint
-from bce3s.config import TrainConfig, parse_image_sizes, to_json
+from bce3s.config import TrainConfig, to_json
 from bce3s.device import Placement, apply_numerics, environment, resolve_placement
 from bce3s.distributed import ALONE, World
 from bce3s.evaluate import evaluate
@@ -26,14 +26,15 @@ from bce3s.progress import TrainingProgress
 from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog, read_metrics
 from bce3s.step import TrainStep
 from bce3s.throughput.waits import DataWaits, Occupancy, binding_sentence
-from bce3s.train.build import BEST_CHECKPOINT, build_model
+from bce3s.train.build import BEST_CHECKPOINT, build_model, without_pretrained
+from bce3s.train.loaders import RunLoaders
 from bce3s.train.means import all_finite
 from bce3s.train.result import RunResult, summary
 from bce3s.train.saves import Saves
 from bce3s.train.state import Cursor, RunState, require_same_start
 from pipelines.durable import write_atomically
 from pipelines.format import ShardSet
-from pipelines.loaders import PlannedLoader, build_loader, choose_loader
+from pipelines.loaders import PlannedLoader, choose_loader
 from pipelines.types import BackendError, Batch, ConfigError, UserError
 
 
@@ -57,8 +58,27 @@ class StoppedError(Exception):
 class Trainer:
     """One run in one process, one of the ranks of `world`; all of them do the same in the same order."""
 
-    def __init__(self, config: TrainConfig, shards: ShardSet, out: Path, console: Console, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        shards: ShardSet,
+        out: Path,
+        console: Console,
+        world: World = ALONE,
+        *,
+        stop: StopRequest | None = None,
+        continues: bool = False,
+    ) -> None:
         """Builds model, step and loaders.
+
+        Args:
+            config: of the run.
+            shards: what it trains and evaluates on.
+            out: its folder.
+            console: what the main rank says.
+            world: this process among its ranks.
+            stop: heard from the start of the command on; by default from `fit` on.
+            continues: `resume` comes next and brings every weight.
 
         Raises:
             UserError: shards of another data set, unknown names, a device or package that is missing.
@@ -81,41 +101,21 @@ class Trainer:
         if not self.report_split:
             raise ConfigError(f"{shards.root} has neither test nor val images to evaluate on; make shards that have")
         self.selection_split = "val" if shards.num_samples("val") else self.report_split
-        self.loaders: dict[str, PlannedLoader] = {}
         try:
-            self.model = build_model(config, len(shards.class_names), self.placement)
+            self.model = build_model(without_pretrained(config) if continues else config, len(shards.class_names), self.placement)
             self.loss = build_loss(config.loss, torch.from_numpy(self.train_counts_K).to(self.placement.device))
             self.step = TrainStep(self.model, self.loss, config, self.placement, world)
             with self.console.status("opening shards"):
-                self._train_side = self._image_size(0)
-                for split in dict.fromkeys(("train", self.selection_split, self.report_split)):
-                    self.loaders[split] = self._loader(split, self._train_side if split == "train" else config.data.image_size)
+                splits = ("train", self.selection_split, self.report_split)
+                self.loaders = RunLoaders(config, shards, splits, self.placement.device, world)
         except torch.OutOfMemoryError:
             raise self._too_large() from None
         self.state = RunState(config, shards, self.step, world)
         self.saves = Saves(out, config.checkpoint, self.state, world, self._say_loudly)
         self._said_data_binds = False
-        self._stop = StopRequest()
+        self._stop = stop or StopRequest()
         self._agreement.exchange(False, False)
         self._agreement.settle()  # everybody is ready
-
-    def _image_size(self, epoch: int) -> int:
-        """Side of the training images of an epoch."""
-        sizes = parse_image_sizes(self.config.image_sizes)
-        return sizes[max(first for first in sizes if first <= epoch)] if sizes else self.config.data.image_size
-
-    def _loader(self, split: str, image_size: int) -> PlannedLoader:
-        config, world = replace(self.config.data, image_size=image_size), self.world
-        device = self.placement.device
-        return build_loader(self.shards, split, config, seed=self.config.seed, device=device, rank=world.rank, world_size=world.size)
-
-    def _train_loader(self, epoch: int) -> PlannedLoader:
-        """The training loader, opened anew where the epoch's images have another size."""
-        side = self._image_size(epoch)
-        if side != self._train_side:
-            self.loaders["train"].close()
-            self.loaders["train"], self._train_side = self._loader("train", side), side
-        return self.loaders["train"]
 
     def resume(self) -> Cursor:
         """Continues from the newest whole checkpoint; says which damaged ones it passed over.
@@ -124,7 +124,7 @@ class Trainer:
             ConfigError: the checkpoint is of other data or another config; names the first setting that differs.
             CheckpointError: there is none, or all are damaged.
         """
-        loaded = self.saves.folder.load_newest(self.placement.device)
+        loaded = self.saves.folder.load_newest(torch.device("cpu"))  # copied into place: a device has no room for it twice
         if loaded is None:
             raise CheckpointError(f"no checkpoint in {self.out}; train first with 'bce3s fast-train --out {self.out}'")
         for sentence in loaded.skipped:
@@ -162,10 +162,11 @@ class Trainer:
         require_same_start(self.model, self.world, self.config, self.shards)
         cursor = self.state.cursor
         if self.world.is_main:
-            self._write_record()
             if not cursor.global_step:
-                self.saves.folder.clear()  # of a run that is being overwritten
+                # Of a run that is being overwritten; the record comes after, so that what it says is true of what lies beside it.
+                self.saves.folder.clear()
                 (self.out / BEST_CHECKPOINT).unlink(missing_ok=True)
+            self._write_record()
         num_steps = self.loaders["train"].num_steps
         # The other ranks write nothing: what they would say, the main one says.
         log = RunLog(self.out if self.world.is_main else None, cursor.epoch, cursor.step, self._say_loudly)
@@ -176,6 +177,8 @@ class Trainer:
             self._stop_if_asked(self._agreed(self._stop.name is not None))
             result = self._final_result(progress)
             log.write({"kind": "summary", **summary(result)})
+            if not log.complete:
+                raise TrainingError(f"the run is trained and saved, but {self.out} has no room for its log; make room, then add --resume")
         return result
 
     def _write_record(self) -> None:
@@ -185,6 +188,7 @@ class Trainer:
             **environment(self.placement.device),
             "precision": self.placement.precision,
             "world_size": self.world.size,
+            "job": self.world.job,
             "shards": self.shards.address,
             "fingerprint": self.shards.fingerprint,
             "loss_floors": self.loss.floors(len(self.train_counts_K)),
@@ -194,7 +198,7 @@ class Trainer:
     def _train_epoch(self, log: RunLog, progress: TrainingProgress) -> dict[str, Any]:
         """The rest of the epoch in progress; returns its log line."""
         self.model.train()
-        cursor, means, loader = self.state.cursor, self.state.means, self._train_loader(self.state.cursor.epoch)
+        cursor, means, loader = self.state.cursor, self.state.means, self.loaders.of_epoch(self.state.cursor.epoch)
         waits = DataWaits(self._batches(loader), self.placement.device)
         began_s = logged_s = time.perf_counter() - cursor.epoch_s
         logged_images = cursor.epoch_images
@@ -223,9 +227,14 @@ class Trainer:
         return {"epoch": cursor.epoch, "images_per_s": rate, "train_s": cursor.epoch_s, **asdict(occupancy), **values}
 
     def _batches(self, loader: PlannedLoader) -> Iterator[Batch]:
-        """The rest of the epoch; what the loader cannot read or write is not the run folder's fault."""
-        try:
+        """The rest of the epoch."""
+        with self.loaders.at_fault():
             yield from loader.epoch(self.state.cursor.epoch, self.state.cursor.step)
+
+    def _loader_at_fault(self) -> Iterator[None]:
+        """What the loader cannot read or write is not the run folder's fault."""
+        try:
+            yield
         except OSError as error:
             raise BackendError(f"loader '{self.loader_choice.name}' failed: {error}; mend that, then add --resume to continue") from error
 
@@ -245,8 +254,9 @@ class Trainer:
         cursor.next_epoch()
         self.state.means.clear()
         if cursor.epoch == self.config.epochs:
-            if not self.saves.save_and_wait():
-                raise TrainingError(f"the trained network could not be saved in {self.out}; make room there, then add --resume to continue")
+            failures = self.saves.save_and_wait()
+            if failures:
+                raise TrainingError(f"the trained network could not be saved: {failures[0]}; mend that, then add --resume to continue")
         elif self._agreed(self.saves.due):
             self.saves.save()
 
@@ -258,8 +268,9 @@ class Trainer:
         """Saves what is not saved yet and ends the run, on every rank after the same step."""
         if not stop:
             return
-        if self.state.cursor.epoch < self.config.epochs and not self.saves.save_and_wait():
-            raise TrainingError(f"the run was asked to stop and could not be saved in {self.out}; --resume continues at the save before")
+        failures = self.saves.save_and_wait() if self.state.cursor.epoch < self.config.epochs else []
+        if failures:
+            raise TrainingError(f"the run was asked to stop and could not be saved: {failures[0]}; --resume continues at the save before")
         raise StoppedError(self._stop.name or "another rank", self.state.cursor)
 
     def _say_loudly(self, sentence: str) -> None:
@@ -299,7 +310,7 @@ class Trainer:
             if self.world.size == 1:  # several ranks stop together, after the evaluation
                 self._stop_if_asked(self._stop.name is not None)
 
-        with progress.activity(f"evaluating {split}", loader.num_steps) as advance:
+        with progress.activity(f"evaluating {split}", loader.num_steps) as advance, self.loaders.at_fault():
             return evaluate(
                 *(self.model, loader, self.train_counts_K, self.config.data.augment, self.placement),
                 flip_tta=flip_tta,
@@ -315,11 +326,10 @@ class Trainer:
             if self.step.average is not None:
                 with self.step.average.applied():
                     average = self._evaluate(self.report_split, progress)["plain"]
-            best = last["plain"]
+            best: Accuracy | None = last["plain"]
             if cursor.best_epoch + 1 != self.config.epochs:
                 last_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-                self._load_best()
-                best = self._evaluate(self.report_split, progress)["plain"]
+                best = self._evaluate(self.report_split, progress)["plain"] if self._load_best() else None
                 self.model.load_state_dict(last_weights)
         epochs = [line for line in read_metrics(self.out) if line["kind"] == "epoch"]
         return RunResult(
@@ -334,19 +344,35 @@ class Trainer:
             data_wait_share=statistics.median(line["data_wait_share"] for line in epochs) if epochs else 0.0,
         )
 
-    def _load_best(self) -> None:
-        """The weights of the best epoch into the model; the main rank has them and hands them to the others."""
-        if self.world.is_main:
-            best = self.saves.best_weights()
-            self.model.load_state_dict(
-                load_checkpoint(self.out / BEST_CHECKPOINT, self.placement.device)["model"] if best is None else best
-            )
+    def _load_best(self) -> bool:
+        """The weights of the best epoch into the model, where they are not lost; the main rank has them and hands them to the others."""
+        weights = self._best_weights() if self.world.is_main else None
+        if not self._agreed(weights is not None):
+            return False
+        if weights is not None:
+            self.model.load_state_dict(weights)
         for value in self.model.state_dict().values():
             if value.is_floating_point():
                 self.world.sum(value if self.world.is_main else value.zero_())
+        return True
+
+    def _best_weights(self) -> dict[str, torch.Tensor] | None:
+        """From this process's memory, or from the file if it is of the epoch that the checkpoint speaks of."""
+        weights, path = self.saves.best_weights(), self.out / BEST_CHECKPOINT
+        if weights is not None:
+            return weights
+        try:
+            state = load_checkpoint(path, torch.device("cpu"))
+        except CheckpointError as error:
+            self._say_loudly(f"the best epoch is not reported: {error}")
+            return None
+        if state["cursor"]["best_epoch"] != self.state.cursor.best_epoch:
+            self._say_loudly(f"the best epoch is not reported: {path} holds the weights of another one")
+            return None
+        found: dict[str, torch.Tensor] = state["model"]
+        return found
 
     def close(self) -> None:
         """Frees the loaders and waits for what is being saved."""
         self.saves.close()
-        for loader in self.loaders.values():
-            loader.close()
+        self.loaders.close()

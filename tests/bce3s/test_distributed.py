@@ -106,7 +106,10 @@ def test_ranks_that_torchrun_starts_again_meet_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--max-restarts", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, ranks.__file__, "meet_die_and_meet", str(tmp_path)], env=environment, timeout=2 * TIMEOUT_S, check=True)
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)] == [repr(World(rank, 3, rank, 2)) for rank in range(3)]
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)]
+    (job,) = {text.split("job='")[1].rstrip("')") for text in said}
+    assert len(job) == 16
+    assert said == [repr(World(rank, 3, rank, 2, job)) for rank in range(3)]
 
 
 def test_a_start_takes_nothing_from_the_start_before() -> None:
@@ -148,7 +151,7 @@ def test_ranks_of_srun_meet_and_the_death_of_one_is_a_sentence_of_the_other(tmp_
     (status, message), (died, _) = run_ranks("meet_and_lose_one", tmp_path, srun_environments(2))
     assert (status, died) == (0, 9), message
     found = torch.load(tmp_path / "0.pt", weights_only=True)
-    assert found["world"] == repr(World(0, 2, 0, restart=1))
+    assert found["world"] == repr(World(0, 2, 0, restart=1, job="slurm-7104321"))
     assert len(found["sentences"]) == 4
     for sentence in found["sentences"]:
         assert sentence.startswith("another rank ended or does not answer (")

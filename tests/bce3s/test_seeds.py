@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from bce3s.runlog import read_metrics
-from bce3s.seeds import combine, finished_summary, parse_seeds, seeds_table
+from bce3s.seeds import combine, parse_seeds, seeds_table, summary_of
 from pipelines.types import ConfigError
 from tests.commands import begin, finish
 
@@ -42,7 +42,10 @@ def test_one_seed_has_no_deviation() -> None:
     assert combine({3: summary(50.0, 1.0)})["figures"]["last_epoch_no_tta"]["all"] == {"mean": 50.0, "sd": None}
 
 
-@pytest.mark.parametrize(("text", "sentence"), [("0,x", "takes whole numbers"), ("", "takes whole numbers"), ("1,1", "names a seed twice")])
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("0,x", "takes whole numbers"), ("", "takes whole numbers"), ("1,1", "names a seed twice"), ("0,-1", "from 0 on")],
+)
 def test_a_list_that_is_none_is_refused(text: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         parse_seeds(text)
@@ -59,8 +62,14 @@ def test_one_command_trains_every_seed_and_resumes_only_what_is_missing(make_sha
     before = (out / "s0" / "metrics.jsonl").read_bytes()
     assert finish(begin([*command, "--seeds", "0,1,2", "--resume"], output)) == 0, output.read_text()
     combined = json.loads((out / "seeds.json").read_text())
-    values = [finished_summary(out / f"s{seed}")["last_epoch_no_tta"]["all"] for seed in (0, 1, 2)]  # type: ignore[index]
+    values = [summary_of(out / f"s{seed}")["last_epoch_no_tta"]["all"] for seed in (0, 1, 2)]
     assert combined["figures"]["last_epoch_no_tta"]["all"]["mean"] == pytest.approx(sum(values) / 3)
     assert (out / "s0" / "metrics.jsonl").read_bytes() == before
     totals = {line["total"] for seed in (0, 1, 2) for line in read_metrics(out / f"s{seed}") if line["kind"] == "epoch"}
     assert len(totals) == 3  # the seeds differ
+    # What is there is of this config, or it is refused before anything trains.
+    assert finish(begin([*command, "--seeds", "0,1,2", "--resume", "--loss", "ce"], tmp_path / "other.txt")) == 2
+    assert "was trained with loss.name='bce3s', this command says 'ce'" in (tmp_path / "other.txt").read_text()
+    assert finish(begin([*command, "--seeds", "4,1"], tmp_path / "again.txt")) == 2
+    assert "s1 holds a run already" in (tmp_path / "again.txt").read_text()
+    assert not (out / "s4").exists()

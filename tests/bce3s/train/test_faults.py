@@ -146,7 +146,7 @@ def test_a_disk_that_fills_up_stops_no_training_and_costs_no_checkpoint(make_sha
     trainer.close()
     said = told.file.getvalue()  # type: ignore[attr-defined]
     assert "NOT SAVED: " in said
-    assert "still stands, and training goes on" in said
+    assert "what was there before still stands; training goes on" in said
     assert stood[0] is not None
     assert stood[0].name == "step-00000005.safetensors"
     assert_equal_states(tmp_path / "whole", run)
@@ -161,7 +161,7 @@ def test_a_run_that_cannot_save_its_end_fails(make_shards: Any, small_disk: Path
             (small_disk / "filler").write_bytes(bytes(_free_bytes(small_disk)))
 
     before_each_step(trainer, fill)
-    with pytest.raises(TrainingError, match=r"could not be saved in .*; make room there, then add --resume"):
+    with pytest.raises(TrainingError, match=r"could not be saved: cannot save .*: No space left .* mend that, then add --resume"):
         trainer.fit()
     trainer.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from bce3s.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from bce3s.config import CheckpointConfig, LossConfig, TrainConfig
 from bce3s.runlog import read_metrics
-from bce3s.train import Trainer, newest_checkpoint
+from bce3s.train import Trainer, newest_checkpoint, saves
 from pipelines.types import ConfigError
 from tests.bce3s.train.runs import CONFIG, CPU, assert_equal_states, console, train, weights
 
@@ -88,15 +89,64 @@ def test_a_request_during_the_evaluation_keeps_the_epoch_that_was_trained(make_s
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("every", ["2steps", "3epochs"])
-def test_checkpoints_come_at_the_interval_and_old_ones_go(make_shards: Any, tmp_path: Path, every: str) -> None:
-    config = replace(CONFIG, checkpoint=CheckpointConfig(every=every, keep=2))
-    train(config, make_shards(), tmp_path / "run")
-    steps = [load_checkpoint(path, CPU)["cursor"]["global_step"] for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
-    # The save at the end always comes; the one before is the last that was due and found the writer idle.
-    assert len(steps) == 2
-    assert steps[1] == 20
-    assert steps[0] == 15 if every == "3epochs" else steps[0] < 20
+def steps_saved(run: Path) -> list[int]:
+    return [load_checkpoint(path, CPU)["cursor"]["global_step"] for path in sorted((run / "checkpoints").iterdir())]
+
+
+@pytest.mark.parametrize(("every", "steps"), [("7steps", [7, 14, 20]), ("3epochs", [15, 20]), ("1h", [20])])
+def test_checkpoints_come_at_the_interval(make_shards: Any, tmp_path: Path, every: str, steps: list[int]) -> None:
+    """A save at the end always comes."""
+    trainer = Trainer(replace(CONFIG, checkpoint=CheckpointConfig(every=every, keep=100)), make_shards(), tmp_path / "run", console())
+    wait_for_each_save(trainer)
+    trainer.fit()
+    trainer.close()
+    assert steps_saved(tmp_path / "run") == steps
+
+
+def wait_for_each_save(trainer: Trainer) -> None:
+    """So that none is put off because the one before is still being written."""
+    save = trainer.saves.save
+
+    def save_and_wait() -> None:
+        save()
+        trainer.saves._writer.wait()  # type: ignore[union-attr]
+
+    trainer.saves.save = save_and_wait  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("every", "steps"), [("10m", [2, 12, 20]), ("1h", [20])])
+def test_checkpoints_come_by_the_clock(
+    make_shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: str, steps: list[int]
+) -> None:
+    """A step takes a minute of this clock, and the first eight minutes pass before training."""
+    trainer = Trainer(replace(CONFIG, checkpoint=CheckpointConfig(every=every, keep=100)), make_shards(), tmp_path / "run", console())
+    wait_for_each_save(trainer)
+    began_s = time.monotonic()
+    monkeypatch.setattr(saves, "clock_s", lambda: began_s + 60.0 * (8 + trainer.state.cursor.global_step))
+    trainer.fit()
+    trainer.close()
+    assert steps_saved(tmp_path / "run") == steps
+
+
+def test_old_checkpoints_go(make_shards: Any, tmp_path: Path) -> None:
+    train(replace(CONFIG, checkpoint=CheckpointConfig(every="1epoch", keep=2)), make_shards(), tmp_path / "run")
+    assert len(steps_saved(tmp_path / "run")) == 2
+    assert steps_saved(tmp_path / "run")[1] == 20
+
+
+def test_best_weights_that_are_lost_are_left_out_and_said_so(make_shards: Any, tmp_path: Path) -> None:
+    trainer = train(CONFIG, make_shards(val=3), tmp_path / "run")
+    if trainer.state.cursor.best_epoch == 3:  # then its file is not read
+        trainer.state.cursor.best_epoch = 1
+        trainer.saves.folder.save(20, {**trainer.state.state_dict(), "rank_statistics": None})
+    (tmp_path / "run" / "best.safetensors").unlink()
+    told = console()
+    again = Trainer(CONFIG, make_shards(val=3), tmp_path / "run", told)
+    again.resume()
+    result = again.fit()
+    again.close()
+    assert result.best is None
+    assert "the best epoch is not reported: no checkpoint at" in told.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_resuming_a_finished_run_only_evaluates(make_shards: Any, tmp_path: Path) -> None:
