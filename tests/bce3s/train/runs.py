@@ -25,7 +25,9 @@ CONFIG = TrainConfig(
     precision="fp32",
     device="cpu",
     log_every=2,
-    data=DataConfig(loader="resident", batch_size=16, num_threads=1, augment=AugmentConfig(crop="pad", eval_crop=1.0)),
+    data=DataConfig(
+        loader="resident", batch_size=16, image_size=16, num_threads=1, augment=AugmentConfig(area_range=(0.5, 1.0), eval_crop=1.0)
+    ),
     model=ModelConfig(arch="resnet20-cifar", projection_dim=16),
     optimizer=OptimizerConfig(learning_rate=0.1, weight_decay=5e-4, warmup_epochs=1),
 )

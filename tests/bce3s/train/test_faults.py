@@ -26,6 +26,8 @@ from pipelines.types import Batch
 from tests.bce3s.train.runs import CONFIG, assert_equal_states, console, train, wait_until, weights
 from tests.commands import begin, finish
 
+pytestmark = pytest.mark.xdist_group("faults")  # one worker: what they share takes seconds to make
+
 MakeCommand = Callable[[Path], list[str]]
 
 
@@ -38,7 +40,19 @@ def command(make_shards: Any) -> MakeCommand:
         return [
             *("fast-train", "--dataset", "cifar10-lt", "--shards", str(shards.root), "--recipe", "cifar10lt_resnet20_40ep"),
             *("--epochs", "6", "--batch-size", "32", "--precision", "fp32", "--device", "cpu", "--loader", "resident"),
-            *("--checkpoint-every", "1steps", "--set", "data.num_threads=1", "--out", str(out), "--resume"),
+            *(
+                "--checkpoint-every",
+                "1steps",
+                "--set",
+                "data.num_threads=1",
+                "--set",
+                "data.image_size=16",
+                "--set",
+                "data.augment.crop=resized",
+                "--out",
+                str(out),
+                "--resume",
+            ),
         ]
 
     return make

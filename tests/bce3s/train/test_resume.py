@@ -25,9 +25,7 @@ KINDS = {
     "micro-batches": replace(CONFIG, accumulate_steps=2),
     "adamw": replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="adamw", learning_rate=1e-3)),
     "lars": replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="lars")),
-    "growing-images": replace(
-        CONFIG, image_sizes="0:16,2:32", data=replace(CONFIG.data, augment=replace(CONFIG.data.augment, crop="resized"))
-    ),
+    "growing-images": replace(CONFIG, image_sizes="0:8,2:16"),
     "deterministic": replace(CONFIG, deterministic=True),
     "ce": replace(CONFIG, loss=LossConfig(name="ce")),
 }

@@ -24,6 +24,8 @@ from tests.bce3s.train.runs import assert_equal_states, wait_until
 from tests.commands import _PROCESSES
 from tests.object_store import free_port
 
+pytestmark = pytest.mark.xdist_group("torchrun")  # one worker: what they share takes seconds to make
+
 TIMEOUT_S = 120
 MakeCommand = Callable[[Path], list[str]]
 
