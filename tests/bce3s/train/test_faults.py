@@ -26,8 +26,6 @@ from pipelines.types import Batch
 from tests.bce3s.train.runs import CONFIG, assert_equal_states, console, train, wait_until, weights
 from tests.commands import begin, finish
 
-pytestmark = pytest.mark.xdist_group("faults")  # one worker: what they share takes seconds to make
-
 MakeCommand = Callable[[Path], list[str]]
 
 

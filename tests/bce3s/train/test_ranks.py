@@ -23,8 +23,6 @@ from tests.bce3s.train.runs import CONFIG, CPU, _StopAt, assert_equal_states, co
 from tests.commands import _PROCESSES
 from tests.object_store import free_port
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one worker: what they share takes seconds to make
-
 TIMEOUT_S = 120
 # 64 classes, of which the source view's joint term sees 25: a batch of 16 leaves at least nine to be drawn, so a rank that drew by itself
 # or knew only its own labels would show. 160 images are ten steps an epoch, the first of which only fills the feature memory.

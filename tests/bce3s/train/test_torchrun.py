@@ -24,8 +24,6 @@ from tests.bce3s.train.runs import assert_equal_states, wait_until
 from tests.commands import _PROCESSES
 from tests.object_store import free_port
 
-pytestmark = pytest.mark.xdist_group("torchrun")  # one worker: what they share takes seconds to make
-
 TIMEOUT_S = 120
 MakeCommand = Callable[[Path], list[str]]
 
@@ -188,6 +186,7 @@ def test_a_stop_signal_saves_the_run_for_the_next_launch(command: MakeCommand, w
     assert_equal_states(whole, out)
 
 
+@pytest.mark.slow
 def test_tasks_of_srun_train_what_ranks_of_torchrun_train(command: MakeCommand, whole: Path, tmp_path: Path) -> None:
     """SLURM counts this as the job's second start, which continues whatever is there: nothing."""
     outputs = [tmp_path / f"{rank}.txt" for rank in range(2)]
