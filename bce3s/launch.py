@@ -77,28 +77,25 @@ def launch(config: TrainConfig, asked: Launch) -> None:
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command with --resume goes on from the newest checkpoint in {asked.out}, if there is one")
         abandon_world(130)
+        leave_world()
         raise SystemExit(130) from None
     except BaseException as error:
+        if isinstance(error, RuntimeError) and is_lost_rank(error):
+            lost = LostRankError.of(error)
+            _leave_after(lost)
+            raise lost from error
         _leave_after(error)
         raise
     leave_world()
 
 
 def _leave_after(error: BaseException) -> None:
-    """An error that is another rank's end becomes its sentence; a rank that peers may wait for says its own and ends at once."""
-    if isinstance(error, RuntimeError) and is_lost_rank(error):
-        error = LostRankError.of(error)
-        _abandon_saying(error)
-        raise error
-    _abandon_saying(error)
-
-
-def _abandon_saying(error: BaseException) -> None:
-    """Prints what `bce3s.cli` would, in case the process ends here."""
+    """A rank under NCCL, for which peers may wait, says what `bce3s.cli` would and ends at once; others close what they opened."""
     if is_abandoned_on_error():
         text = f"error: {error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         print(text, file=sys.stderr)  # noqa: T201
         abandon_world(2 if isinstance(error, UserError) else 1)
+    leave_world()
 
 
 class _Launched:

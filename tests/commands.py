@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -57,6 +58,19 @@ def finish(process: ForkServerProcess, timeout_s: float = 120.0) -> int:
         process.kill()
         raise AssertionError("the command did not end")
     return process.exitcode
+
+
+def finish_together(target: Callable[..., None], arguments: list[tuple[Any, ...]], timeout_s: float = 120.0) -> list[int | None]:
+    """One process for each of the arguments, all at once; their exit statuses, None for one that did not end."""
+    processes = [_PROCESSES.Process(target=target, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout_s)
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return statuses
 
 
 def run(*arguments: str, cwd: Path, program: str = "bce3s", variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

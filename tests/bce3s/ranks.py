@@ -18,6 +18,7 @@ from bce3s.distributed import (
     World,
     is_lost_rank,
     join_world,
+    leave_world,
     load_running_statistics,
     running_statistics,
     synced_batch_norm,
@@ -126,6 +127,7 @@ def meet_die_and_meet(out: Path) -> None:
     world.agreement().exchange(True)
     world.sum(torch.ones(1))
     (out / f"{world.rank}.txt").write_text(repr(world))
+    leave_world()
 
 
 def meet_and_lose_one(out: Path) -> None:

@@ -20,7 +20,7 @@ from bce3s.train import StoppedError, Trainer, newest_checkpoint
 from pipelines.format import open_shards
 from pipelines.types import UserError
 from tests.bce3s.train.runs import CONFIG, CPU, _StopAt, assert_equal_states, console
-from tests.commands import _PROCESSES
+from tests.commands import finish_together
 from tests.object_store import free_port
 
 TIMEOUT_S = 120
@@ -132,15 +132,8 @@ def evaluated(trainer: Trainer, run: Path) -> dict[str, Any]:
 def run_together(size: int, root: Path, runs: Path, *trials: Trial) -> Found:
     """What the ranks of a world found, one trial after the other."""
     port = free_port()
-    ranks = [_PROCESSES.Process(target=run_rank, args=(rank, size, port, root, runs, list(trials))) for rank in range(size)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(TIMEOUT_S)
-    statuses = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    assert statuses == [0] * size
+    places = [(rank, size, port, root, runs, list(trials)) for rank in range(size)]
+    assert finish_together(run_rank, places, TIMEOUT_S) == [0] * size
     found = [torch.load(runs / f"{rank}.pt", weights_only=True) for rank in range(size)]
     return {trial.name: [each[trial.name] for each in found] for trial in trials}
 

@@ -21,7 +21,7 @@ from bce3s.distributed import interface
 from bce3s.runlog import read_metrics
 from tests.bce3s.ranks import ROOT, srun_environments, torchrun_environments
 from tests.bce3s.train.runs import assert_equal_states, wait_until
-from tests.commands import _PROCESSES
+from tests.commands import finish_together
 from tests.object_store import free_port
 
 TIMEOUT_S = 120
@@ -84,18 +84,8 @@ def steps_saved(out: Path) -> int:
 
 def run_plain(environments: list[dict[str, str]], arguments: list[str], outputs: list[Path]) -> list[int | None]:
     """`bce3s` in processes of its own, each with an environment as a launcher makes it; their exit statuses."""
-    ranks = [
-        _PROCESSES.Process(target=_launched, args=(environment, arguments, str(output)))
-        for environment, output in zip(environments, outputs, strict=True)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(TIMEOUT_S)
-    statuses = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    return statuses
+    places = [(environment, arguments, str(output)) for environment, output in zip(environments, outputs, strict=True)]
+    return finish_together(_launched, places, TIMEOUT_S)
 
 
 def _launched(environment: dict[str, str], arguments: list[str], output: str) -> None:
