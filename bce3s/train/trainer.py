@@ -83,13 +83,13 @@ class Trainer:
         Raises:
             UserError: shards of another data set, unknown names, a device or package that is missing.
         """
+        # Opened before anything that can fail on one machine alone, so that the others hear of it at once.
+        self._agreement = world.agreement()
         if shards.dataset != config.dataset:
             raise ConfigError(
                 f"{shards.root} holds data set '{shards.dataset}', not '{config.dataset}'; name the right --shards or --dataset"
             )
         self.shards, self.out, self.world = shards, out, world
-        # Opened before anything that can fail on one machine alone, so that the others hear of it at once.
-        self._agreement = world.agreement()
         self.console = console if world.is_main else Console(quiet=True)
         self.placement: Placement = resolve_placement(config, world.local_rank)
         apply_numerics(config)
