@@ -115,8 +115,9 @@ class _Launched:
         runs = {seed: (replace(self.config, seed=seed), asked.out / f"s{seed}") for seed in asked.seeds}
         ways = {seed: self._way(config, out) for seed, (config, out) in runs.items()}
         if self.world.is_main:
-            for seed, (_, out) in runs.items():
-                if ways[seed] == "anew":  # else a stop in the first run would leave old ones that look finished
+            for seed, (config, out) in runs.items():
+                if ways[seed] == "anew":  # else a stop in the first run would leave old ones for --resume to find
+                    CheckpointFolder(out, config.checkpoint.keep).clear()
                     (out / METRICS_FILE).unlink(missing_ok=True)
         for seed, (config, out) in runs.items():
             if ways[seed] != "finished":

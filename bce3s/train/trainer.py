@@ -35,7 +35,7 @@ from bce3s.train.state import Cursor, RunState, require_same_start
 from pipelines.durable import write_atomically
 from pipelines.format import ShardSet
 from pipelines.loaders import PlannedLoader, choose_loader
-from pipelines.types import BackendError, Batch, ConfigError, UserError
+from pipelines.types import Batch, ConfigError, UserError
 
 
 class TrainingError(UserError):
@@ -230,13 +230,6 @@ class Trainer:
         """The rest of the epoch."""
         with self.loaders.at_fault():
             yield from loader.epoch(self.state.cursor.epoch, self.state.cursor.step)
-
-    def _loader_at_fault(self) -> Iterator[None]:
-        """What the loader cannot read or write is not the run folder's fault."""
-        try:
-            yield
-        except OSError as error:
-            raise BackendError(f"loader '{self.loader_choice.name}' failed: {error}; mend that, then add --resume to continue") from error
 
     def _end_epoch(self, line: dict[str, Any], log: RunLog, progress: TrainingProgress) -> None:
         """Evaluation where it is due, the epoch's line, and a save where that is due."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from bce3s.runlog import read_metrics
-from bce3s.seeds import combine, parse_seeds, seeds_table, summary_of
+from bce3s.seeds import combine, is_finished, parse_seeds, seeds_table, summary_of
 from pipelines.types import ConfigError
+from tests.bce3s.train.runs import wait_until
 from tests.commands import begin, finish
 
 
@@ -73,3 +76,12 @@ def test_one_command_trains_every_seed_and_resumes_only_what_is_missing(make_sha
     assert finish(begin([*command, "--seeds", "4,1"], tmp_path / "again.txt")) == 2
     assert "s1 holds a run already" in (tmp_path / "again.txt").read_text()
     assert not (out / "s4").exists()
+    # Overwritten and stopped in the first one, the others hold nothing that a continuation could take for its own.
+    process = begin([*command, "--seeds", "0,1", "--overwrite", "--epochs", "40"], tmp_path / "stopped.txt")
+    wait_until(lambda: not list((out / "s1" / "checkpoints").iterdir()) and bool(list((out / "s0" / "checkpoints").glob("*.safetensors"))))
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == 0, (tmp_path / "stopped.txt").read_text()
+    assert "and saved; continue with: bce3s fast-train" in (tmp_path / "stopped.txt").read_text()
+    assert not is_finished(out / "s0")
+    assert not is_finished(out / "s1")
