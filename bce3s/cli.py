@@ -105,7 +105,7 @@ def evaluate_run(
     from bce3s.evaluate import evaluate
     from bce3s.progress import accuracy_table
     from bce3s.runlog import ENVIRONMENT_FILE, read_json
-    from bce3s.train import BEST_CHECKPOINT, Cursor, average_applied, load_run, newest_checkpoint
+    from bce3s.train import BEST_CHECKPOINT, Cursor, average_applied, load_last, load_run
     from pipelines.config import require_choice
     from pipelines.format import open_shards
     from pipelines.format.bus_error import explain_bus_errors_of
@@ -115,9 +115,15 @@ def evaluate_run(
     require_choice("split", split, ("val", "test"))
     require_choice("checkpoint", checkpoint, ("last", "best"))
     recorded = read_json(run / ENVIRONMENT_FILE)
-    path = newest_checkpoint(run) if checkpoint == "last" else run / BEST_CHECKPOINT
     resolve_device(device)  # before a large file is read
-    state = load_checkpoint(path, torch.device("cpu"))
+    if checkpoint == "last":
+        loaded = load_last(run)
+        state, path = loaded.state, loaded.path
+        for sentence in loaded.skipped:
+            typer.echo(f"warning: {sentence}; taking the one before", err=True)
+    else:
+        path = run / BEST_CHECKPOINT
+        state = load_checkpoint(path, torch.device("cpu"))
     location = shards or str(recorded.get("shards", ""))
     if shards is None and not is_remote(location) and not Path(location).is_dir():
         raise ShardError(f"the shards of {run} are not at {location} any more; name where they are with --shards")

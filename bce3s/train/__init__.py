@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bce3s.train.build import BEST_CHECKPOINT, average_applied, build_model, load_run, newest_checkpoint, saved_loader
+from bce3s.train.build import BEST_CHECKPOINT, average_applied, build_model, load_last, load_run, newest_checkpoint, saved_loader
 from bce3s.train.result import RunResult, summary
 from bce3s.train.state import Cursor, require_same_record
 from bce3s.train.trainer import StoppedError, Trainer, TrainingError
@@ -16,6 +16,7 @@ __all__ = [
     "TrainingError",
     "average_applied",
     "build_model",
+    "load_last",
     "load_run",
     "newest_checkpoint",
     "require_same_record",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bce3s.checkpoint import CheckpointError, CheckpointFolder
+from bce3s.checkpoint import CheckpointError, CheckpointFolder, Loaded
 from bce3s.config import TrainConfig, from_dict
 from bce3s.device import Placement, resolve_device, resolve_placement
 from bce3s.models import Recogniser, build_recogniser
@@ -40,6 +40,18 @@ def saved_loader(run: Path) -> str:
     return str(data.get("loader", "auto")) if isinstance(data, dict) else "auto"
 
 
+def load_last(run: Path) -> Loaded:
+    """The newest checkpoint of a run that is whole, its tensors on the CPU, and sentences on the damaged ones that were passed over.
+
+    Raises:
+        CheckpointError: it has none, or all are damaged.
+    """
+    loaded = CheckpointFolder(run, keep=1).load_newest(torch.device("cpu"))
+    if loaded is None:
+        raise _has_none(run)
+    return loaded
+
+
 def newest_checkpoint(run: Path) -> Path:
     """Where the newest checkpoint of a run lies.
 
@@ -48,8 +60,12 @@ def newest_checkpoint(run: Path) -> Path:
     """
     newest = CheckpointFolder(run, keep=1).newest()
     if newest is None:
-        raise CheckpointError(f"no checkpoint in {run}; train first with 'bce3s fast-train --out {run}'")
+        raise _has_none(run)
     return newest
+
+
+def _has_none(run: Path) -> CheckpointError:
+    return CheckpointError(f"no checkpoint in {run}; train first with 'bce3s fast-train --out {run}'")
 
 
 def average_applied(state: dict[str, Any], model: Recogniser, config: TrainConfig, path: Path) -> AbstractContextManager[None]:

@@ -26,7 +26,7 @@ from bce3s.progress import TrainingProgress
 from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog, read_metrics
 from bce3s.step import TrainStep
 from bce3s.throughput.waits import DataWaits, Occupancy, binding_sentence
-from bce3s.train.build import BEST_CHECKPOINT, build_model, without_pretrained
+from bce3s.train.build import BEST_CHECKPOINT, build_model, load_last, without_pretrained
 from bce3s.train.loaders import RunLoaders
 from bce3s.train.means import all_finite
 from bce3s.train.result import RunResult, summary
@@ -124,9 +124,7 @@ class Trainer:
             ConfigError: the checkpoint is of other data or another config; names the first setting that differs.
             CheckpointError: there is none, or all are damaged.
         """
-        loaded = self.saves.folder.load_newest(torch.device("cpu"))  # copied into place: a device has no room for it twice
-        if loaded is None:
-            raise CheckpointError(f"no checkpoint in {self.out}; train first with 'bce3s fast-train --out {self.out}'")
+        loaded = load_last(self.out)  # on the CPU, and copied into place: a device has no room for it twice
         for sentence in loaded.skipped:
             self._say_loudly(sentence)
         self.state.load(loaded.state, loaded.path)

@@ -59,6 +59,17 @@ def test_the_moving_average_is_evaluated_on_request(trained: tuple[Path, Path], 
     assert found_all == lines[-1]["last_epoch_average_no_tta"]["all"]
 
 
+def test_evaluate_passes_over_a_damaged_checkpoint_and_says_so(trained: tuple[Path, Path]) -> None:
+    folder, _ = trained
+    damaged = folder / "runs" / "one" / "checkpoints" / "step-99999999.safetensors"
+    damaged.write_text("x")
+    found = run("evaluate", "runs/one", cwd=folder)
+    damaged.unlink()
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.startswith("warning: runs/one/checkpoints/step-99999999.safetensors is damaged")
+    assert found.stderr.strip().endswith("taking the one before")
+
+
 def test_print_config_is_json_and_trains_nothing(tmp_path: Path) -> None:
     found = run("fast-train", "--dataset", "demo", "--epochs", "3", "--set", "optimizer.momentum=0.8", "--print-config", cwd=tmp_path)
     config = json.loads(found.stdout)
