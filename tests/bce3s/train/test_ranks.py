@@ -35,8 +35,9 @@ OWN = replace(
     data=replace(CONFIG.data, image_size=16),
     # Rounding grows from step to step, the faster the faster the weights move.
     optimizer=replace(CONFIG.optimizer, learning_rate=0.001),
+    ema_decay=0.9,
 )
-SYNCED = replace(OWN, sync_batch_norm=True)
+SYNCED = replace(OWN, sync_batch_norm=True, ema_decay=0.0)
 MICRO = replace(SYNCED, accumulate_steps=2)
 
 
@@ -103,7 +104,15 @@ def trained(trainer: Trainer, trial: Trial) -> dict[str, Any]:
         stopped_at = None
     except StoppedError as stopped:
         stopped_at = stopped.cursor.global_step
-    return {"steps": steps, "model": dict(trainer.model.state_dict()), "stopped_at": stopped_at}
+    found = {"steps": steps, "model": dict(trainer.model.state_dict()), "stopped_at": stopped_at}
+    average = trainer.step.average
+    return found if average is None else {**found, "average": dict(average.state_dict()["averages"]), "evaluated": averages(trainer)}
+
+
+def averages(trainer: Trainer) -> dict[str, Tensor]:
+    """The averaged network as this rank evaluates and saves it."""
+    with trainer.state.rank_average(), trainer.step.average.applied():  # type: ignore[union-attr]
+        return {name: value.clone() for name, value in trainer.model.state_dict().items() if "running" in name}
 
 
 def terms_of_steps(trainer: Trainer) -> list[dict[str, float]]:
@@ -248,13 +257,21 @@ def test_ranks_with_batch_statistics_of_their_own_keep_equal_weights(by_two: Fou
     assert unlike == {name for name in one if name.endswith(("running_mean", "running_var"))}
 
 
+def test_all_ranks_evaluate_one_average_of_the_weights(by_two: Found) -> None:
+    """Though each keeps an average of its own batch statistics."""
+    one, other = by_two["own"]
+    assert any(not torch.equal(one["average"][name], other["average"][name]) for name in one["average"])
+    assert_equal_tensors(one["evaluated"], other["evaluated"])
+
+
 def test_a_stopped_run_continues_on_as_many_ranks_bit_for_bit(by_two: Found, runs: Path) -> None:
-    """The last rank alone was asked to stop; each rank had batch-norm statistics of its own."""
+    """The last rank alone was asked to stop; each rank had batch-norm statistics of its own, in the average of its weights too."""
     begun, continued = by_two["own-begun"], by_two["own-continued"]
     assert [rank["stopped_at"] for rank in begun] in ([13, 13], [14, 14])
     for rank, whole in enumerate(by_two["own"]):
         assert begun[rank]["steps"] + continued[rank]["steps"] == whole["steps"]
         assert_equal_tensors(continued[rank]["model"], whole["model"])
+        assert_equal_tensors(continued[rank]["average"], whole["average"])
     assert_equal_states(runs / "two-own", runs / "two-own-stopped")
 
 
