@@ -286,9 +286,9 @@ def override(config: ConfigT, assignments: list[str]) -> ConfigT:
         for group in groups:
             target = target.get(group) if isinstance(target, dict) else None
         if not isinstance(target, dict) or name not in target:
-            raise ConfigError(f"unknown setting '{path}'; known: {', '.join(_paths(values))}")
+            raise ConfigError(f"unknown setting '{path}'; known: {', '.join(by_path(values))}")
         if isinstance(target[name], dict):
-            raise ConfigError(f"'{path}' is a group of settings; set one of {', '.join(_paths(target[name], path + '.'))}")
+            raise ConfigError(f"'{path}' is a group of settings; set one of {', '.join(by_path(target[name], path + '.'))}")
         target[name] = _parse(text, target[name])
     return from_dict(type(config), values)
 
@@ -304,8 +304,9 @@ def _parse(text: str, current: Any) -> Any:
         return text
 
 
-def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
-    found: list[str] = []
+def by_path(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of a config tree, such as `dataclasses.asdict` or its JSON gives, by their full names: {"data.order.sampling": …}."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        found += _paths(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        found |= by_path(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found

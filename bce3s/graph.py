@@ -85,10 +85,7 @@ class GraphedStep:
         return terms
 
     def _capture(self, batch: Batch) -> _Captured:
-        assert batch.mix is not None, "a training batch carries its mix"
-        inputs = replace(
-            batch, images_SHWC=batch.images_SHWC.clone(), labels_S=batch.labels_S.clone(), mix=batch.mix.clone(), ids_S=batch.ids_S.copy()
-        )
+        inputs = fixed_copy(batch)
         graph = torch.cuda.CUDAGraph()
         try:
             # Only this thread is held to what a capture allows: loaders and the checkpoint's writer go on with their copies in theirs.
@@ -101,3 +98,9 @@ class GraphedStep:
             reason = str(error.__context__ or error).splitlines()[0]
             raise BackendError(f"the step cannot be captured as a CUDA graph ({reason}); take --set cuda_graphs=false") from error
         return _Captured(graph, inputs, terms)
+
+
+def fixed_copy(batch: Batch) -> Batch:
+    """A batch in memory of its own: a loader may use its buffers again."""
+    mix = None if batch.mix is None else batch.mix.clone()
+    return replace(batch, images_SHWC=batch.images_SHWC.clone(), labels_S=batch.labels_S.clone(), mix=mix)

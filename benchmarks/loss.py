@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch.nn import functional
+from turns import current_commit
 
 from bce3s.cli import run_app
 from bce3s.config import LossConfig
@@ -202,7 +202,7 @@ def main(
         "dim": dim,
         "uniform_dim": uniform_dim,
         "torch": torch.__version__,
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": current_commit(),
     }
     for num_classes in CLASS_COUNTS:
         for name, ways in ways_of_the_loss(num_classes, dim, batch_size, precision, device).items():

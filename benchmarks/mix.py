@@ -14,7 +14,6 @@ import functools
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from turns import current_commit
 
 from bce3s.cli import run_app
 from bce3s.device import resolve_device
@@ -128,7 +128,7 @@ def main(
         "threads": torch.get_num_threads(),
         "precision": precision,
         "torch": torch.__version__,
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": current_commit(),
         "n": rounds,
         "sizes": {},
     }

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.auto_aug import rand_augment
 from photographs import photographs
 from PIL import Image
+from turns import current_commit
 
 from bce3s.cli import run_app
 from pipelines.augment.policies import apply_policy, apply_reference, draw_policy
@@ -124,7 +124,7 @@ def report(
         spread = f"{statistics.median(ratios):5.2f} × DALI ({min(ratios):.2f} to {max(ratios):.2f})"
         print(f"{name:24} {statistics.median(found):8.0f} images/s, {spread}, {statistics.median(processor_ms[name]):.3f} ms of processor")
     if json_file is not None:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        commit = current_commit()
         figures = {
             "n": len(rates["dali, nearest"]),
             "sides": sides,

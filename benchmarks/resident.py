@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import replace
@@ -23,6 +22,7 @@ import nvidia.dali
 import torch
 import typer
 from photographs import link_photographs, shard_photographs
+from turns import current_commit
 
 from bce3s.cli import run_app
 from pipelines.config import AugmentConfig, DataConfig, ResidentConfig
@@ -117,7 +117,7 @@ def main(
     for row in rows:
         spread = f"range {row['ratio_min']:.1f} to {row['ratio_max']:.1f}, n = {rounds}"
         print(f"batch {row['batch']}: ratio median {row['ratio_median']:.1f}, {spread}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = current_commit()
     figures = {
         "rows": rows,
         "min_side": MIN_SIDE,

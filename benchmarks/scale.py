@@ -16,7 +16,6 @@ import os
 import platform
 import socket
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 import typer
 from torch.nn import functional
+from turns import current_commit
 
 from bce3s.cli import run_app
 from bce3s.config import LossConfig, ModelConfig, TrainConfig
@@ -282,7 +282,7 @@ def main(
     one_class = Sizes(2, batch_size)
     backbone = sum(p.numel() for p in build_model(config_for(one_class), 2, resolve_placement(config_for(one_class))).backbone.parameters())
     sizes_of_all = one_class._replace(backbone_parameters=backbone)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = current_commit()
     figures: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit}
     parts_s: dict[Sizes, dict[str, float]] = {}
     for base_classes in map(int, bases.split(",")):

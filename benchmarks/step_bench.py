@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from turns import current_commit
 
 from bce3s.config import ModelConfig, OptimizerConfig, TrainConfig, override
 from bce3s.device import Placement, resolve_placement
@@ -149,5 +149,5 @@ def machine(device: torch.device) -> Figures:
         "bf16_in_hardware": on_cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": current_commit(),
     }

@@ -1,4 +1,4 @@
-"""What the benchmarks of the loaders share: figures of two sides that took turns."""
+"""What the benchmarks share: the commit they measure, and figures of two sides that took turns."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 
+def current_commit() -> str:
+    """What is measured, as git names it; empty outside a checkout."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
 def report(pairs: list[tuple[float, float]], batch_size: int, num_threads: int, packages: tuple[str, ...], json_file: Path | None) -> None:
     """Prints median and range of the ratios of (bare, ours) images/s, round by round, and writes them as JSON."""
     ratios = [ours / bare for bare, ours in pairs]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = current_commit()
     figures = {
         "n": len(pairs),
         "bare_images_per_s_median": statistics.median(bare for bare, _ in pairs),

@@ -42,7 +42,7 @@ def is_launched() -> bool:
 
 
 def join_world(device_name: str, *, timeout_s: float = JOIN_TIMEOUT_S) -> World:
-    """Meets the other ranks and opens the process group, which is closed at exit; a single rank needs none.
+    """Meets the other ranks and opens the process group, which `leave_world` closes; a single rank needs none.
 
     Under CUDA the group is NCCL's and the current device becomes cuda:LOCAL_RANK, on a CPU it is gloo's.
 

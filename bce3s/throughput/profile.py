@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bce3s.graph import fixed_copy
 from bce3s.step import TrainStep
 from bce3s.throughput.copies import copy_rows
 from bce3s.throughput.decode import gpu_decode_rows, host_decode_rows, host_read_rows
@@ -21,7 +22,7 @@ from bce3s.throughput.storage import storage_rows, warm_ids
 from bce3s.throughput.timing import MEASURED_FAILURES, Budget, reason_of, sample_in_turns
 from bce3s.throughput.together import DiscardingReader, Together, contention_probe, loader_probe, step_probe
 from bce3s.throughput.verdict import Facts
-from bce3s.throughput.workload import EndlessBatches, Workload, fixed_copy
+from bce3s.throughput.workload import EndlessBatches, Workload
 from pipelines.loaders.cached import KEPT_BATCHES
 from pipelines.types import Batch
 

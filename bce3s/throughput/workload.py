@@ -139,9 +139,3 @@ class EndlessBatches:
             self._batches = self._loader.epoch(self._epoch)
             batch = next(self._batches, None)
         return batch
-
-
-def fixed_copy(batch: Batch) -> Batch:
-    """A batch in memory of its own: a loader may use its buffers again."""
-    mix = None if batch.mix is None else batch.mix.clone()
-    return replace(batch, images_SHWC=batch.images_SHWC.clone(), labels_S=batch.labels_S.clone(), mix=mix)

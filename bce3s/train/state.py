@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bce3s.checkpoint import require_same_data
-from bce3s.config import TrainConfig, to_json
+from bce3s.config import TrainConfig, by_path, to_json
 from bce3s.device import package_versions
 from bce3s.distributed import World, load_running_statistics, running_statistics
 from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, read_json
@@ -197,7 +197,7 @@ def require_same_start(model: nn.Module, world: World, config: TrainConfig, shar
     """Raises `ConfigError` unless all ranks hold the same data, settings and weights: one that does not would quietly spoil the others'."""
     if world.size == 1:
         return
-    settings = json.dumps(_settings(json.loads(to_json(config))), sort_keys=True)
+    settings = json.dumps(_settings(config), sort_keys=True)
     if not _agree(world, model, _number_of(shards.fingerprint)):
         raise ConfigError("the ranks read different shards (their manifests differ); give every node the same ones")
     if not _agree(world, model, _number_of(settings)):
@@ -217,16 +217,11 @@ def _number_of(text: str) -> Tensor:
     return torch.tensor(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
 
-def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _settings(config: TrainConfig) -> dict[str, Any]:
     """What changes results, by full name. "auto" may choose a loader by a rank's free memory; all but one of them serve the same order."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        full = f"{prefix}{name}"
-        if isinstance(value, dict):
-            found |= _settings(value, f"{full}.")
-        elif full not in _FREE_ON_RESUME:
-            found[full] = value == "webdataset" if full == "data.loader" else value
-    return found
+    settings = by_path(json.loads(to_json(config)))
+    settings["data.loader"] = settings["data.loader"] == "webdataset"
+    return {name: value for name, value in settings.items() if name not in _FREE_ON_RESUME}
 
 
 def require_same_record(run: Path, config: TrainConfig, shards: ShardSet) -> None:
@@ -236,19 +231,15 @@ def require_same_record(run: Path, config: TrainConfig, shards: ShardSet) -> Non
     if config.data.loader == "auto":
         asked["data"]["loader"] = saved_loader(run)
     require_same_config(saved, asked, run)
-    if recorded.get("fingerprint") != shards.fingerprint:
-        raise ConfigError(
-            f"{run} was trained on other shards than {shards.root} (manifests differ); name the right --shards or another --out"
-        )
+    said = {"dataset": saved["dataset"], "fingerprint": recorded.get("fingerprint")}
+    require_same_data(said, run, shards.dataset, shards.fingerprint, shards.root)
 
 
-def require_same_config(saved: dict[str, Any], asked: dict[str, Any], path: Path, prefix: str = "") -> None:
+def require_same_config(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
     """Raises `ConfigError` naming the first setting that differs, unless it is free to."""
-    for name, value in asked.items():
-        full = f"{prefix}{name}"
-        if isinstance(value, dict) and isinstance(saved.get(name), dict):
-            require_same_config(saved[name], value, path, f"{full}.")
-        elif saved.get(name) != value and full not in _FREE_ON_RESUME:
+    before = by_path(saved)
+    for name, value in by_path(asked).items():
+        if before.get(name) != value and name not in _FREE_ON_RESUME:
             raise ConfigError(
-                f"{path} was trained with {full}={saved.get(name)!r}, this command says {value!r}; use the same, or another --out"
+                f"{path} was trained with {name}={before.get(name)!r}, this command says {value!r}; use the same, or another --out"
             )

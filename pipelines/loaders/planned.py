@@ -140,9 +140,8 @@ class PlannedLoader:
 
         Stand-ins of damaged samples are those that this rank has met.
         """
-        positions = self._order.step_positions(step)
-        ids_S = np.concatenate([stream[positions] for stream in (self._order.instance_epoch(epoch), self._order.partner_epoch(epoch))])
-        return ids_S if self._substitutes_N is None else self._substitutes_N[ids_S]
+        augment = self._request.config.augment
+        return next(train_plans(self._order, self._geometry, augment, epoch, step, 0, 1, self._substitutes_N)).ids_S
 
     def _plans(self, epoch: int, start_step: int) -> Iterator[BatchPlan]:
         request = self._request

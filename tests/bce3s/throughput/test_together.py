@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from bce3s.config import LossConfig, ModelConfig, TrainConfig
+from bce3s.graph import fixed_copy
 from bce3s.throughput.step_parts import PARTS, forward_flops, part_rows
 from bce3s.throughput.timing import Budget, sample, sample_in_turns
 from bce3s.throughput.together import DiscardingReader, Together, contention_probe, loader_probe, step_probe
 from bce3s.throughput.trace import DATA_WAIT, STEP_RANGES, put_ranges, write_trace
-from bce3s.throughput.workload import EndlessBatches, Workload, fixed_copy
+from bce3s.throughput.workload import EndlessBatches, Workload
 from pipelines.config import AugmentConfig, DataConfig
 from pipelines.types import Batch, ConfigError, ShardError
 
