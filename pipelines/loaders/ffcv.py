@@ -7,6 +7,7 @@ is done by FFCV's C library (ffcv_kernel.py). JPEG is decoded whole and on the C
 
 from __future__ import annotations
 
+import atexit
 import threading
 import warnings
 from collections.abc import Generator, Iterator
@@ -106,6 +107,8 @@ class _Ahead(_iterator.EpochIterator):  # type: ignore[misc]
         self._torch_threads = torch.get_num_threads()
         with _on(device):
             super().__init__(loader, [])  # starts the thread
+        # A thread that still decodes when the interpreter goes down is torn out of C++, and the process aborts.
+        atexit.register(self.finish)
 
     def start(self) -> None:
         """Starts the thread. FFCV has put its batches of indices together by now; `run_pipeline` does without them."""
@@ -149,6 +152,7 @@ class _Ahead(_iterator.EpochIterator):  # type: ignore[misc]
 
     def finish(self) -> None:
         """Ends the thread. FFCV's `close` alone would leave it waiting to hand over a batch that nobody takes."""
+        atexit.unregister(self.finish)
         self.close()
         while self.is_alive():
             try:
