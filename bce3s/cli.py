@@ -33,7 +33,10 @@ def fast_train(
     shards: Annotated[str | None, typer.Option(help="Shard folder, or URL to stream from; default shards/DATASET.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe to start from; default that of the data set.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/DATASET-LOSS-ARCH-sSEED.")] = None,
-    loss: Annotated[str | None, typer.Option(help="bce3s, bce or ce.")] = None,
+    method: Annotated[str | None, typer.Option("--method", "--loss", help="bce3s, or a method to compare with: ce, bce, tsl, …")] = None,
+    joint: Annotated[str | None, typer.Option(help="Of --method tsl: the joint term as bce or ce.")] = None,
+    contrastive: Annotated[str | None, typer.Option(help="Of --method tsl: the contrastive term as bce, ce or off.")] = None,
+    uniform: Annotated[str | None, typer.Option(help="Of --method tsl: the uniform term as bce, ce or off.")] = None,
     arch: Annotated[str | None, typer.Option(help="Backbone, such as resnet32-cifar or resnet50.")] = None,
     loader: Annotated[str | None, typer.Option(help="auto, resident, dali, ffcv, webdataset, cached or synthetic.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the whole schedule.")] = None,
@@ -47,6 +50,7 @@ def fast_train(
     checkpoint_every: Annotated[str | None, typer.Option(help="How often to save: 500steps, 1epoch, 10m, 1h.")] = None,
     keep: Annotated[int | None, typer.Option(help="Checkpoints that stay.")] = None,
     on_error: Annotated[str | None, typer.Option(help="A sample that does not decode any more: stop, or skip it.")] = None,
+    select: Annotated[str | None, typer.Option(help="Whose weights are the result: last, or the best on the val split.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out; starts it if there is none.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where --out holds a run.")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: --set optimizer.weight_decay=1e-4.")] = None,
@@ -57,8 +61,8 @@ def fast_train(
     from bce3s.launch import Launch, launch
     from bce3s.seeds import parse_seeds
 
-    flags = {"loss.name": loss, "model.arch": arch, "data.loader": loader, "data.batch_size": batch_size, "optimizer.learning_rate": lr}
-    flags |= {"data.on_error": on_error}
+    flags = {"loss.name": method, "model.arch": arch, "data.loader": loader, "data.batch_size": batch_size, "optimizer.learning_rate": lr}
+    flags |= {"loss.joint": joint, "loss.contrastive": contrastive, "loss.uniform": uniform, "data.on_error": on_error, "select": select}
     flags |= {"epochs": epochs, "precision": precision, "device": device, "seed": seed}
     flags |= {"checkpoint.every": checkpoint_every, "checkpoint.keep": keep, "deterministic": deterministic or None}
     config = resolve_config(dataset, recipe, {path: value for path, value in flags.items() if value is not None}, settings or [])

@@ -25,7 +25,7 @@ from bce3s.losses import Loss, LossInputs, LossOutput, MixedTargets, Phase, Shar
 from bce3s.models import Recogniser
 from bce3s.optimizers import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from bce3s.weight_average import WeightAverage
-from pipelines.augment.mix import channel_statistics, mix_views
+from pipelines.augment.mix import channel_statistics, mix_views, normalise
 from pipelines.randomness import Purpose, derive_key
 from pipelines.types import Batch, ConfigError
 
@@ -62,6 +62,7 @@ class TrainStep:
         self.features = torch.compile(model.features) if config.compile else model.features
         self._mean, self._std = channel_statistics(config.data.augment, placement.device)
         self._draw_key = torch.zeros((), dtype=torch.int64, device=placement.device)
+        self._progress = torch.zeros((), device=placement.device)
         self._phase: Phase | None = None
         self._phase_of = loss.phase
         self._wrapped: DistributedDataParallel | None = None
@@ -83,9 +84,10 @@ class TrainStep:
         """Sets the learning rate and the draws of this place in the run, and what is trained in this phase of the loss."""
         # The draw is keyed by place, so a resumed run continues with the same class subsets.
         self._draw_key.fill_(derive_key(self.config.seed, batch.epoch, batch.step, Purpose.CLASS_SUBSET) >> 1)
+        self._progress.fill_(batch.epoch / self.config.epochs)
         progress = batch.epoch + batch.step / num_steps
         set_learning_rate(self.optimizer, learning_rate_at(self.config.optimizer, self.config.epochs, progress))
-        phase = self._phase_of(batch.epoch)
+        phase = self._phase_of(batch.epoch, self.config.epochs)
         if phase != self._phase:
             self._enter(phase)
 
@@ -128,13 +130,16 @@ class TrainStep:
             self.model.feature_memory.update(self.world.gather_rows(torch.cat(projections)), labels_G)
 
     def views(self, batch: Batch) -> Tensor:
-        """The normalised views [3B, 3, H, W] of a training batch, in the run's precision and memory layout."""
+        """The normalised views [V, 3, H, W] of a training batch, 3B or, of a method that takes pairs, 2B, as the run's precision wants."""
         assert batch.mix is not None, "a training batch carries its mix"
-        views = mix_views(batch.images_SHWC, batch.mix, self._mean, self._std, self.placement.dtype)
+        if self.loss.views == "pair":
+            views = normalise(batch.images_SHWC, self._mean, self._std, self.placement.dtype)
+        else:
+            views = mix_views(batch.images_SHWC, batch.mix, self._mean, self._std, self.placement.dtype)
         return views if self.placement.channels_last else views.contiguous()
 
     def evaluate_loss(self, views: Tensor, batch: Batch, labels_G: Tensor | None = None, share: Share | None = None) -> LossOutput:
-        """Features of the views [3B, 3, H, W] and the loss on them; `labels_G` and `share` are for a part of a larger batch."""
+        """Features of the views [V, 3, H, W] and the loss on them; `labels_G` and `share` are for a part of a larger batch."""
         forward = self._features_and_loss if self._wrapped is None else self._wrapped
         output: LossOutput = forward(views, batch, batch.labels_S.chunk(2)[0] if labels_G is None else labels_G, share or Share())
         return output
@@ -149,6 +154,8 @@ class TrainStep:
                 cutmix=MixedTargets(labels_B, partner_labels_B, batch.mix[1]),
                 heads=self.model,
                 epoch=batch.epoch,
+                num_epochs=self.config.epochs,
+                progress=self._progress,
                 batch_labels_G=labels_G,
                 draw_key=self._draw_key,
                 share=share,

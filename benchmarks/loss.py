@@ -62,7 +62,17 @@ def ways_of_the_loss(num_classes: int, dim: int, batch_size: int, precision: str
     features_VD = torch.randn(3 * batch_size, dim, device=device, requires_grad=True)
     labels_B, partner_labels_B = torch.randint(0, num_classes, (2, batch_size), device=device)
     targets, key = MixedTargets(labels_B, partner_labels_B, torch.tensor(0.3, device=device)), torch.tensor(7, device=device)
-    inputs = LossInputs(features_VD=features_VD, mixup=targets, cutmix=targets, heads=heads, epoch=1, batch_labels_G=labels_B, draw_key=key)
+    inputs = LossInputs(
+        features_VD=features_VD,
+        mixup=targets,
+        cutmix=targets,
+        heads=heads,
+        epoch=1,
+        num_epochs=2,
+        progress=key * 0.0,
+        batch_labels_G=labels_B,
+        draw_key=key,
+    )
     config = LossConfig()
     loss = BCE3SLoss(config, torch.ones(num_classes, dtype=torch.int64, device=device))
     parameters = [features_VD, *heads.classifier.parameters(), *heads.projector.parameters()]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipelines.types import ConfigError
 
 SAMPLINGS: tuple[str, ...] = ("power", "instance", "square-root", "class-balanced", "effective-number", "progressive")
+PARTNERS: tuple[str, ...] = ("drawn", "same")
 DRAWS: tuple[str, ...] = ("independent", "systematic")
 CROPS: tuple[str, ...] = ("none", "pad", "resized")
 POLICIES: tuple[str, ...] = ("none", "autoaugment-cifar10", "randaugment")
@@ -39,6 +40,7 @@ class OrderConfig:
         effective_number_beta: β of "effective-number" (Cui et al. 2019, eq. 3).
         progressive_epochs: epochs over which "progressive" moves from instance to class-balanced (Kang et al. 2020, eq. 3).
         drop_last: leave out the last, smaller batch of an epoch (static shapes).
+        partner: the partner stream is "drawn", or holds the "same" samples as the instance stream at the same places, augmented anew.
     """
 
     sampling: str = "power"
@@ -47,10 +49,12 @@ class OrderConfig:
     effective_number_beta: float = 0.999
     progressive_epochs: int = 100
     drop_last: bool = False
+    partner: str = "drawn"
 
     def __post_init__(self) -> None:
         require_choice("sampling", self.sampling, SAMPLINGS)
         require_choice("draw", self.draw, DRAWS)
+        require_choice("partner", self.partner, PARTNERS)
         require(0.0 <= self.effective_number_beta < 1.0, f"effective_number_beta must lie in [0, 1), not {self.effective_number_beta}")
         require(math.isfinite(self.resample_exponent), f"resample_exponent must be a number, not {self.resample_exponent}")
         require(self.progressive_epochs >= 1, f"progressive_epochs must be at least 1, not {self.progressive_epochs}")

@@ -173,7 +173,9 @@ class SampleOrder:
         return permutation(derive_key(self.seed, epoch, INSTANCE, Purpose.ORDER), self.num_samples)
 
     def partner_epoch(self, epoch: int) -> IntArray:
-        """int64 [N]: draws with replacement by class probability, uniform within a class."""
+        """int64 [N]: draws with replacement by class probability, uniform within a class; or the instance stream once more."""
+        if self.config.partner == "same":
+            return self.instance_epoch(epoch)
         key = derive_key(self.seed, epoch, PARTNER, Purpose.ORDER)
         return draw_samples(self._table, self.config, key, self.num_samples, epoch)
 

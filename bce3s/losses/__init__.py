@@ -6,12 +6,14 @@ a name to its class; a new method is one file and one line here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
-from bce3s.config import LossConfig
-from bce3s.losses.seam import Heads, Loss, LossInputs, LossOutput, MixedTargets, Phase, Share
+from bce3s.config import LossConfig, TrainConfig
+from bce3s.losses.seam import Heads, Loss, LossInputs, LossOutput, MixedTargets, OnMixedViews, Phase, Share
 from pipelines.config import require_choice
 
 LOSSES: dict[str, str] = {
@@ -20,7 +22,31 @@ LOSSES: dict[str, str] = {
     "ce": "bce3s.losses.ce:CELoss",
 }
 
-__all__ = ["LOSSES", "Heads", "Loss", "LossInputs", "LossOutput", "MixedTargets", "Phase", "Share", "build_loss"]
+__all__ = [
+    "LOSSES",
+    "Heads",
+    "Loss",
+    "LossInputs",
+    "LossOutput",
+    "MixedTargets",
+    "OnMixedViews",
+    "Phase",
+    "Share",
+    "build_loss",
+    "loss_class",
+    "resolve_method",
+]
+
+
+def loss_class(name: str) -> Any:
+    """The class of a method: its static facts are asked for before there is a network to train.
+
+    Raises:
+        ConfigError: unknown name; lists the known ones.
+    """
+    require_choice("method", name, tuple(LOSSES))
+    module_name, class_name = LOSSES[name].split(":")
+    return getattr(import_module(module_name), class_name)
 
 
 def build_loss(config: LossConfig, class_counts_K: Tensor) -> Loss:
@@ -33,7 +59,20 @@ def build_loss(config: LossConfig, class_counts_K: Tensor) -> Loss:
     Raises:
         ConfigError: unknown name; lists the known ones.
     """
-    require_choice("loss", config.name, tuple(LOSSES))
-    module_name, class_name = LOSSES[config.name].split(":")
-    loss: Loss = getattr(import_module(module_name), class_name)(config, class_counts_K)
+    loss: Loss = loss_class(config.name)(config, class_counts_K)
     return loss
+
+
+def resolve_method(config: TrainConfig) -> TrainConfig:
+    """`config` with what its method decides filled in: the kind of classifier, and what the partner stream holds.
+
+    Raises:
+        ConfigError: unknown method; lists the known ones.
+    """
+    method = loss_class(config.loss.name)
+    if config.model.classifier == "auto":
+        config = replace(config, model=replace(config.model, classifier=method.classifier))
+    if method.views == "pair" and config.data.order.partner != "same":
+        order = replace(config.data.order, partner="same")
+        config = replace(config, data=replace(config.data, order=order))
+    return config

@@ -14,12 +14,12 @@ from torch import Tensor
 from bce3s.config import LossConfig
 from bce3s.losses.class_subset import draw_class_subset
 from bce3s.losses.fused_bce import fused_bce
-from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets, Phase
+from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets, OnMixedViews, Phase
 from bce3s.losses.terms import contrastive_logits
 from bce3s.losses.uniform import uniform_term
 
 
-class BCE3SLoss:
+class BCE3SLoss(OnMixedViews):
     """L = L_sc + contrastive_weight·L_ss + uniform_weight·L_cc.
 
     The contrastive term reads the memory of the step before; the step then writes the source view's projections into it. During
@@ -37,8 +37,9 @@ class BCE3SLoss:
             return {}
         return {"uniform": math.log1p(math.exp(-1.0)) + (num_classes - 1) * math.log1p(math.exp(-1.0 / (num_classes - 1)))}
 
-    def phase(self, epoch: int) -> Phase:
+    def phase(self, epoch: int, num_epochs: int) -> Phase:
         """See `Loss`."""
+        del num_epochs
         if not self.config.contrastive_weight:
             return Phase("full", trains_projector=False)
         warming = epoch < self.config.contrastive_warmup_epochs

@@ -6,23 +6,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from bce3s.config import LossConfig
-from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets, Phase
+from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets, OnMixedViews
 
 
-class CELoss:
+class CELoss(OnMixedViews):
     """Mean of the cross-entropies of the source view and, with soft targets, of the mixed views."""
 
     def __init__(self, config: LossConfig, class_counts_K: Tensor) -> None:
         """Needs neither."""
         del config, class_counts_K
-
-    def floors(self, num_classes: int) -> dict[str, float]:
-        """See `Loss`."""
-        return {}
-
-    def phase(self, epoch: int) -> Phase:
-        """See `Loss`."""
-        return Phase("full", trains_projector=False)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """See `Loss`."""

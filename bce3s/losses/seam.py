@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from bce3s.config import LossConfig
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Classifier(Protocol):
         """Logits [B, K]."""
         ...
 
+    @property
+    def scale(self) -> float:
+        """What logits are multiplied by, the unit of margins: 1 unless the classifier is a scaled cosine."""
+        ...
+
     def normalized_weight(self) -> Tensor:
         """L2-normalised rows [K, D]."""
         ...
@@ -105,17 +112,25 @@ class Heads(Protocol):
         """Feature memory of the contrastive term."""
         ...
 
+    @property
+    def method_head(self) -> nn.Module:
+        """What the method's own `build_head` built."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
     """What one step hands to its loss: one share of the batch.
 
     Args:
-        features_VD: [3B, D], the views source, mixup and cutmix one after the other.
+        features_VD: [3B, D], the views source, mixup and cutmix one after the other; of a method with views "pair" [2B, D], two
+            augmentations of the same images.
         mixup: target of the mixup view; its `labels_B` are the labels of the source view.
         cutmix: target of the cutmix view.
         heads: of the model.
         epoch: from 0; only its phase may matter.
+        num_epochs: of the whole run.
+        progress: float32 [] on the features' device, share of the epochs that is done: what changes from epoch to epoch within a phase.
         batch_labels_G: int64 [G], labels of the source view of the whole batch, over all shares.
         draw_key: int64 [] on the features' device, a number of its own for every step and the same on every rank: what a loss draws is a
             function of it, so that nothing depends on a generator's state.
@@ -127,20 +142,58 @@ class LossInputs:
     cutmix: MixedTargets
     heads: Heads
     epoch: int
+    num_epochs: int
+    progress: Tensor
     batch_labels_G: Tensor
     draw_key: Tensor
     share: Share = Share()
 
 
+class OnMixedViews:
+    """What most methods have in common: the three views, the normalised classifier, no layers of their own, one phase, no known floor."""
+
+    views: ClassVar[str] = "mixed"
+    classifier: ClassVar[str] = "normalized"
+
+    @staticmethod
+    def build_head(config: LossConfig, feature_dim: int, num_classes: int) -> nn.Module | None:
+        """See `Loss`."""
+        del config, feature_dim, num_classes
+        return None
+
+    def floors(self, num_classes: int) -> dict[str, float]:
+        """See `Loss`."""
+        del num_classes
+        return {}
+
+    def phase(self, epoch: int, num_epochs: int) -> Phase:
+        """See `Loss`."""
+        del epoch, num_epochs
+        return Phase("full", trains_projector=False)
+
+
 class Loss(Protocol):
-    """One method."""
+    """One method.
+
+    Attributes:
+        views: "mixed" trains on source, mixup and cutmix; "pair" on two augmentations of each image.
+        classifier: what `model.classifier=auto` is for this method.
+    """
+
+    views: ClassVar[str]
+    classifier: ClassVar[str]
+
+    @staticmethod
+    def build_head(config: LossConfig, feature_dim: int, num_classes: int) -> nn.Module | None:
+        """Layers of the method's own beside classifier and projector, trained and saved with them; None has none."""
+        ...
 
     def floors(self, num_classes: int) -> dict[str, float]:
         """The least value each term can reach at K classes, where it is known and not 0; sums over classes have large ones."""
         ...
 
-    def phase(self, epoch: int) -> Phase:
-        """What the loss computes in `epoch`, from 0."""
+    def phase(self, epoch: int, num_epochs: int) -> Phase:
+        """What the loss computes in `epoch`, from 0, of `num_epochs`."""
         ...
 
     def __call__(self, inputs: LossInputs) -> LossOutput:

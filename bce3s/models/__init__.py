@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
+from bce3s.config import ModelConfig
 from bce3s.models.backbone import Backbone, load_pretrained
-from bce3s.models.head import FeatureMemory, NormalizedClassifier, Projector
+from bce3s.models.head import CosineClassifier, FeatureMemory, LinearClassifier, NormalizedClassifier, Projector, build_classifier
 from bce3s.models.recogniser import Recogniser
 from bce3s.models.resnet import ResNet
 from bce3s.models.resnet_cifar import ResNetCifar
@@ -21,10 +24,13 @@ __all__ = [
     "ARCHS",
     "ArchEntry",
     "Backbone",
+    "CosineClassifier",
     "FeatureMemory",
+    "LinearClassifier",
     "NormalizedClassifier",
     "Projector",
     "Recogniser",
+    "build_classifier",
     "build_recogniser",
     "load_pretrained",
 ]
@@ -46,6 +52,7 @@ class ArchEntry:
 
 
 ARCHS: dict[str, ArchEntry] = {
+    "resnet8-cifar": ArchEntry(partial(ResNetCifar, 8), 32, "ResNet-8 for CIFAR, 16-32-64 channels, 0.075 M parameters"),
     "resnet20-cifar": ArchEntry(partial(ResNetCifar, 20), 32, "ResNet-20 for CIFAR, 16-32-64 channels, 0.27 M parameters"),
     "resnet32-cifar": ArchEntry(partial(ResNetCifar, 32), 32, "ResNet-32 for CIFAR, 16-32-64 channels, 0.46 M parameters (BCL, ProCo)"),
     "resnet44-cifar": ArchEntry(partial(ResNetCifar, 44), 32, "ResNet-44 for CIFAR, 16-32-64 channels, 0.66 M parameters"),
@@ -64,22 +71,24 @@ ARCHS: dict[str, ArchEntry] = {
 }
 
 
-def build_recogniser(arch: str, num_classes: int, projection_dim: int = 128, pretrained: Path | None = None) -> Recogniser:
+def build_recogniser(
+    config: ModelConfig, num_classes: int, build_head: Callable[[int, int], nn.Module | None] = lambda feature_dim, num_classes: None
+) -> Recogniser:
     """Builds the network of a run.
 
     Args:
-        arch: a name of `ARCHS`.
+        config: backbone, classifier and sizes; "auto" is the normalised classifier; pretrained weights are the backbone's alone.
         num_classes: K.
-        projection_dim: P, of the projector and the feature memory.
-        pretrained: a torchvision state dict for the backbone; the heads start fresh.
+        build_head: from feature dimension and K to the layers of the method's own.
 
     Raises:
-        ConfigError: unknown `arch` (lists the names), a size below 1, or weights that are absent, damaged or do not fit.
+        ConfigError: unknown `arch` (lists the names), or weights that are absent, damaged or do not fit.
     """
-    require_choice("arch", arch, tuple(ARCHS))
+    require_choice("arch", config.arch, tuple(ARCHS))
     require(num_classes >= 1, f"num_classes must be at least 1, not {num_classes}")
-    require(projection_dim >= 1, f"projection_dim must be at least 1, not {projection_dim}")
-    backbone = ARCHS[arch].build()
-    if pretrained is not None:
-        load_pretrained(backbone, pretrained)
-    return Recogniser(backbone, num_classes, projection_dim)
+    backbone = ARCHS[config.arch].build()
+    if config.pretrained:
+        load_pretrained(backbone, Path(config.pretrained))
+    dim = backbone.feature_dim
+    classifier = build_classifier(config.classifier, dim, num_classes, config.classifier_scale, bias_prior=config.bias_prior)
+    return Recogniser(backbone, num_classes, config.projection_dim, classifier, build_head(dim, num_classes))

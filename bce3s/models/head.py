@@ -5,6 +5,8 @@ Source: BCE3S (Fan et al., AAAI 2026), joint and contrastive learning.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ class NormalizedClassifier(nn.Linear):
     so weight decay acts on `weight` only as a schedule of its effective learning rate.
     """
 
+    scale = 1.0
+
     def __init__(self, feature_dim: int, num_classes: int, bias: bool = True) -> None:
         super().__init__(feature_dim, num_classes, bias)
 
@@ -30,6 +34,44 @@ class NormalizedClassifier(nn.Linear):
     def forward(self, features_BD: Tensor) -> Tensor:
         """Features [B, D] to logits [B, K]; under autocast they come in its dtype."""
         return F.linear(features_BD, self.normalized_weight(), self.bias)
+
+
+class LinearClassifier(NormalizedClassifier):
+    """Logits z_k = x·w_k + b_k with the rows as they are: what τ-normalisation and most of the field start from."""
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """Features [B, D] to logits [B, K]; under autocast they come in its dtype."""
+        return F.linear(features_BD, self.weight, self.bias)
+
+
+class CosineClassifier(NormalizedClassifier):
+    """Logits s·cos(x, w_k), without biases (LDAM, Cao et al. 2019: s = 30).
+
+    Args:
+        feature_dim: D.
+        num_classes: K.
+        scale: s.
+    """
+
+    def __init__(self, feature_dim: int, num_classes: int, scale: float = 30.0) -> None:
+        super().__init__(feature_dim, num_classes, bias=False)
+        self.scale = scale
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """Features [B, D] to logits [B, K]; under autocast they come in its dtype."""
+        return F.linear(F.normalize(features_BD, dim=1, eps=NORM_EPS), self.scale * self.normalized_weight())
+
+
+def build_classifier(
+    kind: str, feature_dim: int, num_classes: int, scale: float = 30.0, *, bias_prior: bool = False
+) -> NormalizedClassifier:
+    """One of `CLASSIFIERS`; with `bias_prior` its biases start at −log(K − 1), a prior of 1/K for each sigmoid (Lin et al. 2017, 3.3)."""
+    if kind == "cosine":
+        return CosineClassifier(feature_dim, num_classes, scale)
+    classifier = LinearClassifier(feature_dim, num_classes) if kind == "linear" else NormalizedClassifier(feature_dim, num_classes)
+    if bias_prior:
+        nn.init.constant_(classifier.bias, -math.log(max(num_classes - 1, 1)))
+    return classifier
 
 
 class Projector(nn.Module):

@@ -9,7 +9,7 @@ from bce3s.models.head import FeatureMemory, NormalizedClassifier, Projector
 
 
 class Recogniser(nn.Module):
-    """Backbone, classifier, projector and feature memory, all in one state dict whatever the loss.
+    """Backbone, classifier, projector, feature memory and the method's own layers, all in one state dict.
 
     A loss that leaves the projector alone gives its parameters no gradient. torch's optimizers skip a parameter whose gradient is
     None, weight decay included, so nothing more is needed as long as gradients are cleared to None (the default of `zero_grad`).
@@ -17,12 +17,20 @@ class Recogniser(nn.Module):
     `recogniser.projector.requires_grad_(False)` before wrapping.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, projection_dim: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        projection_dim: int,
+        classifier: NormalizedClassifier | None = None,
+        method_head: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.classifier = NormalizedClassifier(backbone.feature_dim, num_classes)
+        self.classifier = classifier or NormalizedClassifier(backbone.feature_dim, num_classes)
         self.projector = Projector(backbone.feature_dim, projection_dim)
         self.feature_memory = FeatureMemory(num_classes, projection_dim)
+        self.method_head = method_head or nn.Identity()
 
     def features(self, images_V3HW: Tensor) -> Tensor:
         """Normalised images [V, 3, H, W] to features [V, D]."""

@@ -78,10 +78,11 @@ def resolve_config(dataset: str, recipe: str | None, flags: dict[str, Any], sett
         ConfigError: an unknown data set, recipe or setting, or a value it does not take.
     """
     from bce3s.config import override
+    from bce3s.losses import resolve_method
     from bce3s.recipes import build_recipe
 
     require_choice("dataset", dataset, tuple(DATASETS))
-    return override(build_recipe(recipe, dataset), [f"{path}={value}" for path, value in flags.items()] + settings)
+    return resolve_method(override(build_recipe(recipe, dataset), [f"{path}={value}" for path, value in flags.items()] + settings))
 
 
 def _require_writable(outputs: dict[str, Path | None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from bce3s.checkpoint import CheckpointError, CheckpointFolder, Loaded
 from bce3s.config import TrainConfig, from_dict
 from bce3s.device import Placement, resolve_device, resolve_placement
+from bce3s.losses import loss_class, resolve_method
 from bce3s.models import Recogniser, build_recogniser
 from bce3s.runlog import CONFIG_FILE, read_json
 from bce3s.weight_average import WeightAverage
@@ -24,8 +26,8 @@ BEST_CHECKPOINT = "best.safetensors"
 def build_model(config: TrainConfig, num_classes: int, placement: Placement) -> Recogniser:
     """The network with weights drawn from the config's seed, on its device and in its memory layout."""
     torch.manual_seed(config.seed)
-    pretrained = Path(config.model.pretrained) if config.model.pretrained else None
-    model = build_recogniser(config.model.arch, num_classes, config.model.projection_dim, pretrained)
+    config, method = resolve_method(config), loss_class(config.loss.name)
+    model = build_recogniser(config.model, num_classes, partial(method.build_head, config.loss))
     memory_format = torch.channels_last if placement.channels_last else torch.contiguous_format
     return model.to(device=placement.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
 

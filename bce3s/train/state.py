@@ -29,6 +29,7 @@ _FREE_ON_RESUME = {
     *("device", "log_every", "data.num_threads", "data.prefetch_batches", "data.on_error", "data.stream.patience_s"),
     *("data.dali.feed", "data.dali.hw_decoder_load", "data.resident.cache", "cuda_graphs", "checkpoint.every", "checkpoint.keep"),
     "precision",  # what it resolves to is compared
+    "select",
 }
 
 
@@ -221,7 +222,11 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     """What changes results, by full name. "auto" may choose a loader by a rank's free memory; all but one of them serve the same order."""
     settings = by_path(json.loads(to_json(config)))
     settings["data.loader"] = settings["data.loader"] == "webdataset"
-    return {name: value for name, value in settings.items() if name not in _FREE_ON_RESUME}
+    return {name: value for name, value in settings.items() if not _is_free(name)}
+
+
+def _is_free(name: str) -> bool:
+    return name in _FREE_ON_RESUME or name.startswith("retrain.")
 
 
 def require_same_record(run: Path, config: TrainConfig, shards: ShardSet) -> None:
@@ -239,7 +244,7 @@ def require_same_config(saved: dict[str, Any], asked: dict[str, Any], path: Path
     """Raises `ConfigError` naming the first setting that differs, unless it is free to."""
     before = by_path(saved)
     for name, value in by_path(asked).items():
-        if before.get(name) != value and name not in _FREE_ON_RESUME:
+        if before.get(name) != value and not _is_free(name):
             raise ConfigError(
                 f"{path} was trained with {name}={before.get(name)!r}, this command says {value!r}; use the same, or another --out"
             )

@@ -20,7 +20,7 @@ from bce3s.device import Placement, apply_numerics, environment, resolve_placeme
 from bce3s.distributed import ALONE, World
 from bce3s.evaluate import evaluate
 from bce3s.interrupt import StopRequest
-from bce3s.losses import build_loss
+from bce3s.losses import build_loss, resolve_method
 from bce3s.metrics import Accuracy
 from bce3s.progress import TrainingProgress
 from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog, read_metrics
@@ -95,7 +95,7 @@ class Trainer:
         apply_numerics(config)
         self.loader_choice = choose_loader(config.data, shards, self.placement.device)
         # From here on by its name: a continuation must not choose anew.
-        self.config = config = replace(config, data=replace(config.data, loader=self.loader_choice.name))
+        self.config = config = resolve_method(replace(config, data=replace(config.data, loader=self.loader_choice.name)))
         self.train_counts_K = shards.class_counts("train")
         self.report_split = next((split for split in ("test", "val") if shards.num_samples(split)), "")
         if not self.report_split:

@@ -189,6 +189,8 @@ class BlockOrder:
                 drawn = [ids[permutation(keys[INSTANCE], len(ids))], ids[partners]]
             if self._lost:
                 drawn = [self._replaced(each, epoch, stream, rank, number, windows) for stream, each in enumerate(drawn)]
+            if self._config.partner == "same":
+                drawn = [drawn[INSTANCE], drawn[INSTANCE]]
             stop = min(start + len(ids), length)
             if stop > start:
                 yield _Visit(start, stop, window), drawn

@@ -98,8 +98,8 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path: Path, arguments:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--loss", "focal"], "unknown loss 'focal'; known: bce3s, bce, ce"),
-        (["--arch", "vgg"], "unknown arch 'vgg'; known: resnet20-cifar"),
+        (["--method", "madeup"], "unknown method 'madeup'; known: bce3s, bce, ce"),
+        (["--arch", "vgg"], "unknown arch 'vgg'; known: resnet8-cifar"),
         (["--precision", "fp16"], "precision fp16 needs a GPU"),
         (["--device", "cuda"], "sees no CUDA device"),
         (["--device", "tpu"], "unknown device 'tpu'"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bce3s.config import ModelConfig
 from bce3s.models import Recogniser, build_recogniser
 from bce3s.weight_average import WeightAverage
 from pipelines.types import ConfigError
@@ -16,7 +17,7 @@ from pipelines.types import ConfigError
 
 def recogniser() -> Recogniser:
     torch.manual_seed(0)
-    return build_recogniser("resnet20-cifar", 4, 8).to(memory_format=torch.channels_last)
+    return build_recogniser(ModelConfig(arch="resnet20-cifar", projection_dim=8), 4).to(memory_format=torch.channels_last)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -117,7 +118,7 @@ def test_a_resumed_average_ends_with_the_same_bits() -> None:
 
 
 def test_averages_of_another_network_are_a_sentence() -> None:
-    other = WeightAverage(build_recogniser("resnet20-cifar", 5, 8), decay=0.9).state_dict()
+    other = WeightAverage(build_recogniser(ModelConfig(arch="resnet20-cifar", projection_dim=8), 5), decay=0.9).state_dict()
     with pytest.raises(ConfigError, match=r"of another network \('classifier.weight'\)"):
         WeightAverage(recogniser(), decay=0.9).load_state_dict(other)
 

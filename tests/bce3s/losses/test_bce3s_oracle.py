@@ -102,6 +102,8 @@ def run(case: Case) -> LossOutput:
         cutmix=case.targets,
         heads=case.heads,
         epoch=0,
+        num_epochs=10,
+        progress=torch.zeros(()),
         batch_labels_G=case.targets.labels_B,
         draw_key=torch.tensor(1),
     )

@@ -57,6 +57,8 @@ def run(
         cutmix=targets,
         heads=heads,
         epoch=epoch,
+        num_epochs=10,
+        progress=torch.tensor(epoch / 10, device=device),
         batch_labels_G=labels,
         draw_key=torch.tensor(7, device=device),
         share=share or Share(),
@@ -111,8 +113,8 @@ class TestEveryLoss:
 
 
 def test_unknown_loss_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown loss 'focal'; known: bce3s, bce, ce"):
-        build_loss(LossConfig(name="focal"), torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="unknown method 'madeup'; known: bce3s, bce, ce"):
+        build_loss(LossConfig(name="madeup"), torch.ones(3, dtype=torch.int64))
 
 
 mixes = st.tuples(

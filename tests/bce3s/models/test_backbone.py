@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bce3s.config import ModelConfig
 from bce3s.models import build_recogniser, load_pretrained
 from bce3s.models.resnet_cifar import ResNetCifar
 from pipelines.types import ConfigError
@@ -23,9 +24,9 @@ def fresh_state() -> dict[str, Tensor]:
 
 
 def test_a_torchvision_file_loads_and_its_classifier_is_left_out(tmp_path: Path) -> None:
-    source = build_recogniser("resnet18", 3).backbone
+    source = build_recogniser(ModelConfig(arch="resnet18"), 3).backbone
     state = source.state_dict() | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
-    loaded = build_recogniser("resnet18", 3, pretrained=save(tmp_path / "resnet18.pth", state)).backbone.state_dict()
+    loaded = build_recogniser(ModelConfig(arch="resnet18", pretrained=str(save(tmp_path / "resnet18.pth", state))), 3).backbone.state_dict()
     assert loaded.keys() == source.state_dict().keys()
     assert all(torch.equal(loaded[key], value) for key, value in source.state_dict().items())
 

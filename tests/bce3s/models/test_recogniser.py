@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bce3s.config import ModelConfig
 from bce3s.models import ARCHS, build_recogniser
 from pipelines.types import ConfigError
 
@@ -15,7 +16,7 @@ from pipelines.types import ConfigError
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_architecture_builds(arch: str) -> None:
     with torch.device("meta"):
-        recogniser = build_recogniser(arch, 10, projection_dim=12)
+        recogniser = build_recogniser(ModelConfig(arch=arch, projection_dim=12), 10)
         images_V3HW = torch.empty(2, 3, 32, 32)
         feature_dim = recogniser.backbone.feature_dim
         assert recogniser.features(images_V3HW).shape == (2, feature_dim)
@@ -35,7 +36,7 @@ def test_summaries_state_the_size() -> None:
 
 
 def test_logits_are_the_classifier_on_the_features() -> None:
-    recogniser = build_recogniser("resnet20-cifar", 5).eval()
+    recogniser = build_recogniser(ModelConfig(arch="resnet20-cifar"), 5).eval()
     images_V3HW = torch.randn(2, 3, 32, 32)
     weight_KD = recogniser.classifier.weight / recogniser.classifier.weight.norm(dim=1, keepdim=True)
     expected_VK = recogniser.features(images_V3HW) @ weight_KD.T + recogniser.classifier.bias
@@ -43,7 +44,7 @@ def test_logits_are_the_classifier_on_the_features() -> None:
 
 
 def test_a_checkpoint_carries_the_memory(tmp_path: Path) -> None:
-    first, second = (build_recogniser("resnet20-cifar", 4, projection_dim=3) for _ in range(2))
+    first, second = (build_recogniser(ModelConfig(arch="resnet20-cifar", projection_dim=3), 4) for _ in range(2))
     first.feature_memory.update(torch.randn(3, 3), torch.tensor([0, 3, 3]))
     torch.save(first.state_dict(), tmp_path / "checkpoint.pt")
     second.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
@@ -53,7 +54,7 @@ def test_a_checkpoint_carries_the_memory(tmp_path: Path) -> None:
 
 
 def test_an_idle_projector_is_left_alone_by_the_optimizer() -> None:
-    recogniser = build_recogniser("resnet20-cifar", 4)
+    recogniser = build_recogniser(ModelConfig(arch="resnet20-cifar"), 4)
     before = {key: value.clone() for key, value in recogniser.named_parameters()}
     optimizer = torch.optim.SGD(recogniser.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
     for _ in range(2):
@@ -65,11 +66,11 @@ def test_an_idle_projector_is_left_alone_by_the_optimizer() -> None:
 
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"^unknown arch 'resnet19'; known: resnet20-cifar, .*resnext50-32x4d$"):
-        build_recogniser("resnet19", 10)
+    with pytest.raises(ConfigError, match=r"^unknown arch 'resnet19'; known: resnet8-cifar, .*resnext50-32x4d$"):
+        build_recogniser(ModelConfig(arch="resnet19"), 10)
 
 
 @pytest.mark.parametrize(("num_classes", "projection_dim"), [(0, 8), (3, 0)])
 def test_sizes_must_be_positive(num_classes: int, projection_dim: int) -> None:
     with pytest.raises(ConfigError, match=r"^(num_classes|projection_dim) must be at least 1, not 0$"):
-        build_recogniser("resnet20-cifar", num_classes, projection_dim)
+        build_recogniser(ModelConfig(arch="resnet20-cifar", projection_dim=projection_dim), num_classes)
