@@ -31,10 +31,10 @@ from bce3s.cli import run_app
 from bce3s.config import LossConfig
 from bce3s.device import resolve_device
 from bce3s.losses import LossInputs, MixedTargets
-from bce3s.losses.bce3s import BCE3SLoss, three_views
+from bce3s.losses.bce3s import BCE3SLoss
 from bce3s.losses.class_subset import draw_class_subset
 from bce3s.losses.fused_bce import fused_bce
-from bce3s.losses.terms import contrastive_bce, mixed_bce, source_bce, uniform_bce
+from bce3s.losses.terms import contrastive_bce, mixed_bce, source_bce, three_views, uniform_bce
 from bce3s.losses.uniform import uniform_term
 from bce3s.models import FeatureMemory, NormalizedClassifier, Projector
 

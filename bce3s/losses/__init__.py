@@ -20,6 +20,15 @@ LOSSES: dict[str, str] = {
     "bce3s": "bce3s.losses.bce3s:BCE3SLoss",
     "bce": "bce3s.losses.bce:BCELoss",
     "ce": "bce3s.losses.ce:CELoss",
+    "tsl": "bce3s.losses.tsl:TSLLoss",
+    "focal": "bce3s.losses.focal:FocalLoss",
+    "cb-ce": "bce3s.losses.class_balanced:ClassBalancedCE",
+    "cb-focal": "bce3s.losses.class_balanced:ClassBalancedFocal",
+    "balanced-softmax": "bce3s.losses.balanced_softmax:BalancedSoftmaxLoss",
+    "logit-adjusted": "bce3s.losses.logit_adjusted:LogitAdjustedLoss",
+    "ldam-drw": "bce3s.losses.ldam:LDAMLoss",
+    "glmc": "bce3s.losses.glmc:GLMCLoss",
+    "bcl": "bce3s.losses.bcl:BCLLoss",
 }
 
 __all__ = [
@@ -71,7 +80,9 @@ def resolve_method(config: TrainConfig) -> TrainConfig:
     """
     method = loss_class(config.loss.name)
     if config.model.classifier == "auto":
-        config = replace(config, model=replace(config.model, classifier=method.classifier))
+        # A cosine classifier has no biases: a recipe's prior is then nothing to set, where a user's own choice of both is refused.
+        bias_prior = config.model.bias_prior and method.classifier != "cosine"
+        config = replace(config, model=replace(config.model, classifier=method.classifier, bias_prior=bias_prior))
     if method.views == "pair" and config.data.order.partner != "same":
         order = replace(config.data.order, partner="same")
         config = replace(config, data=replace(config.data, order=order))

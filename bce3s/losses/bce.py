@@ -7,12 +7,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from bce3s.config import LossConfig
-from bce3s.losses.bce3s import BCE3SLoss
+from bce3s.losses.tsl import TSLLoss
 
 
-class BCELoss(BCE3SLoss):
-    """BCE3S with both other weights at 0; same views, class subset and classifier."""
+class BCELoss(TSLLoss):
+    """`TSLLoss` with the joint term as BCE and nothing else; same views, class subset and classifier as BCE3S."""
 
     def __init__(self, config: LossConfig, class_counts_K: Tensor) -> None:
-        """Ignores the weights of `config`."""
-        super().__init__(replace(config, contrastive_weight=0.0, uniform_weight=0.0), class_counts_K)
+        """Ignores the kinds of `config`."""
+        super().__init__(replace(config, joint="bce", contrastive="off", uniform="off"), class_counts_K)

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from bce3s.config import LossConfig
 from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets, OnMixedViews
+from bce3s.losses.terms import mixed_over_labels, three_views, widened
 
 
 class CELoss(OnMixedViews):
@@ -18,15 +19,20 @@ class CELoss(OnMixedViews):
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """See `Loss`."""
-        mixup, cutmix = inputs.mixup, inputs.cutmix
-        source_BK, mixup_BK, cutmix_BK = inputs.heads.classifier(inputs.features_VD).float().chunk(3)
-        joint = (functional.cross_entropy(source_BK, mixup.labels_B) + mixed_ce(mixup_BK, mixup) + mixed_ce(cutmix_BK, cutmix)) / 3
+        joint = mixed_ce(inputs.heads.classifier(inputs.features_VD), three_views(inputs))
         return LossOutput(joint, {"joint": joint.detach()})
 
 
-def mixed_ce(logits_BK: Tensor, targets: MixedTargets) -> Tensor:
-    """−Σ_k t_k·log softmax(z)_k, mean over the batch (Zhang et al. 2018, mixup); float32 []."""
-    log_BK = functional.log_softmax(logits_BK.float(), dim=1)
-    own_B = log_BK.gather(1, targets.labels_B[:, None])[:, 0]
-    other_B = log_BK.gather(1, targets.partner_labels_B[:, None])[:, 0]
-    return -(targets.lam * own_B + (1 - targets.lam) * other_B).mean()
+def mixed_ce(logits_BK: Tensor, targets: MixedTargets, weights_K: Tensor | None = None) -> Tensor:
+    """−Σ_k t_k·w_k·log softmax(z)_k, mean over the batch (Zhang et al. 2018, mixup).
+
+    Args:
+        logits_BK: [B, K].
+        targets: the two labels of each row, and λ of all or of each.
+        weights_K: float [K], of the classes; None is 1. The mean is over rows, whatever their weights, so shares of a batch add up.
+
+    Returns:
+        float32 [] (float64 if the logits are).
+    """
+    log_BK = functional.log_softmax(widened(logits_BK), dim=1)
+    return mixed_over_labels(lambda labels_B: -log_BK.gather(1, labels_B[:, None])[:, 0], targets, weights_K).mean()

@@ -1,16 +1,60 @@
 """The terms of BCE3S in torch's words (method.md, "One step"): what float64 runs on and what the fused kernels are tested against.
 
-Every term is a sum over classes of softplus, so nothing overflows, and targets with at most two non-zero entries are handled by gathers,
-so no [B, K] target is made. Nothing is read back from the device.
+Beside them the same terms as CE, and what methods share. BCE is a sum over classes of softplus, so nothing overflows, and targets with at
+most two non-zero entries are handled by gathers, so no [B, K] target is made. Nothing is read back from the device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bce3s.losses.seam import MixedTargets
+from bce3s.losses.seam import LossInputs, MixedTargets, Share
+
+
+def three_views(inputs: LossInputs) -> MixedTargets:
+    """Targets of the views source, mixup and cutmix, [3B]: the source view has its own label alone."""
+    source_B = inputs.mixup.labels_B
+    return _stacked(MixedTargets(source_B, source_B, torch.ones_like(inputs.mixup.lam)), inputs.mixup, inputs.cutmix)
+
+
+def mixed_views(inputs: LossInputs) -> MixedTargets:
+    """Targets of the views mixup and cutmix, [2B]."""
+    return _stacked(inputs.mixup, inputs.cutmix)
+
+
+def _stacked(*views: MixedTargets) -> MixedTargets:
+    return MixedTargets(
+        torch.cat([view.labels_B for view in views]),
+        torch.cat([view.partner_labels_B for view in views]),
+        torch.cat([view.lam.expand(len(view.labels_B)) for view in views]),
+    )
+
+
+def image_counts(class_counts_K: Tensor) -> Tensor:
+    """Training images a class, float64 [K]; a class without any counts as one of a single image, so that logs and weights are finite."""
+    return class_counts_K.clamp_min(1).double()
+
+
+def mixed_over_labels(label_losses: Callable[[Tensor], Tensor], targets: MixedTargets, weights_K: Tensor | None = None) -> Tensor:
+    """λ·w_y·ℓ(y) + (1−λ)·w_y'·ℓ(y') of each row with label y and partner y' (Zhang et al. 2018, mixup, for any loss).
+
+    Args:
+        label_losses: ℓ, from labels int64 [B] to the loss of each row as if the label were its only one, [B].
+        targets: the two labels of each row, and λ of all or of each.
+        weights_K: w, float [K]; None is 1. Each part has the weight of its own label.
+
+    Returns:
+        [B] of the dtype of the losses.
+    """
+    labels_B, partner_labels_B = targets.labels_B, targets.partner_labels_B
+    own_B, other_B = label_losses(labels_B), label_losses(partner_labels_B)
+    if weights_K is not None:
+        own_B, other_B = weights_K[labels_B] * own_B, weights_K[partner_labels_B] * other_B
+    return targets.lam * own_B + (1 - targets.lam) * other_B
 
 
 def widened(values: Tensor) -> Tensor:
@@ -81,3 +125,42 @@ def uniform_bce(normalized_weight_KD: Tensor) -> Tensor:
     cosines_KK = widened(normalized_weight_KD @ normalized_weight_KD.T)
     # softplus(−c) = softplus(c) − c on the diagonal.
     return (functional.softplus(cosines_KK).sum() - cosines_KK.diagonal().sum()) / cosines_KK.shape[0]
+
+
+def contrastive_ce_rows(logits_BK: Tensor, targets: MixedTargets, filled_K: Tensor) -> Tensor:
+    """−Σ_k t_k·log softmax(s)_k of each row, the softmax over the classes of `filled_K` only (Fan et al. 2026, the ablation's CE).
+
+    Args:
+        logits_BK: s = cos(P(x), M)/τ, [B, K].
+        targets: the two labels of each row, and λ of all or of each; a label that is not filled adds nothing.
+        filled_K: bool [K]; where none is, the loss and its gradient are 0.
+
+    Returns:
+        float32 [B] (float64 if the logits are).
+    """
+    s_BK = widened(logits_BK)
+    # The least number instead of −inf: a row without any class then has a softmax all the same, and no NaN.
+    log_BK = functional.log_softmax(s_BK.masked_fill(~filled_K, torch.finfo(s_BK.dtype).min), dim=1)
+
+    def label_losses(labels_B: Tensor) -> Tensor:
+        return torch.where(filled_K[labels_B], -log_BK.gather(1, labels_B[:, None])[:, 0], 0.0)
+
+    return mixed_over_labels(label_losses, targets)
+
+
+def uniform_ce(normalized_weight_KD: Tensor, share: Share | None = None, drawn_R: Tensor | None = None) -> Tensor:
+    """(1/K) Σ_k −log( exp(w_k·w_k) / Σ_j exp(w_k·w_j) ) of normalised rows (Fan et al. 2026, the ablation's CE), over all j in any case.
+
+    Args:
+        normalized_weight_KD: [K, D] of length 1. Products are taken in autocast's dtype where it is on; sums in float32.
+        share: rows k number `index`, `index` + `count`, … only, divided by `weight`: the sum over the shares by weight is the term.
+        drawn_R: int64 [R], distinct classes: their mean over k is an unbiased estimate; None takes all.
+
+    Returns:
+        float32 [] (float64 if the rows are).
+    """
+    share = share or Share()
+    rows_RD = normalized_weight_KD if drawn_R is None else normalized_weight_KD.index_select(0, drawn_R)
+    rows_ID = rows_RD[share.index :: share.count]
+    cosines_IK = widened(rows_ID @ normalized_weight_KD.T)
+    return (cosines_IK.logsumexp(1) - rows_ID.square().sum(1)).sum() / (len(rows_RD) * share.weight)

@@ -13,7 +13,7 @@ import torch
 
 from bce3s.config import TrainConfig
 from bce3s.device import apply_numerics, resolve_placement
-from bce3s.losses import build_loss
+from bce3s.losses import build_loss, loss_class
 from bce3s.step import TrainStep
 from bce3s.train import build_model
 from pipelines.config import require_choice
@@ -47,6 +47,11 @@ class Workload:
             )
         if not shards.num_samples("train"):
             raise ShardError(f"{shards.root} has no training images to measure with; make shards that have")
+        if loss_class(config.loss.name).views != "mixed":
+            raise ConfigError(
+                f"profile counts three views for every two decoded images, and method '{config.loss.name}' has two; "
+                "take --set loss.name=bce3s for the time of loader and network"
+            )
         self.config, self.shards = config, shards
         self.placement = resolve_placement(config)
         apply_numerics(config)

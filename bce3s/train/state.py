@@ -243,7 +243,8 @@ def require_same_record(run: Path, config: TrainConfig, shards: ShardSet) -> Non
 def require_same_config(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
     """Raises `ConfigError` naming the first setting that differs, unless it is free to."""
     before = by_path(saved)
-    for name, value in by_path(asked).items():
+    # The method first: other settings follow from it.
+    for name, value in sorted(by_path(asked).items(), key=lambda setting: setting[0] != "loss.name"):
         if before.get(name) != value and not _is_free(name):
             raise ConfigError(
                 f"{path} was trained with {name}={before.get(name)!r}, this command says {value!r}; use the same, or another --out"

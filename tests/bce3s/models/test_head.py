@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bce3s.models.head import FeatureMemory, NormalizedClassifier, Projector
+from bce3s.models.head import CosineClassifier, FeatureMemory, LinearClassifier, NormalizedClassifier, Projector, build_classifier
 
 ORACLE_DIR = Path(__file__).resolve().parents[4] / "shared" / "oracle"
 
@@ -75,6 +76,66 @@ def test_a_zero_row_has_finite_logits_and_gradients() -> None:
     classifier(torch.ones(1, 3)).sum().backward()
     assert classifier.weight.grad is not None
     assert classifier.weight.grad.isfinite().all()
+
+
+def logits_by_definition(classifier: NormalizedClassifier, features_BD: Tensor) -> Tensor:
+    """x·w + b, x·w/‖w‖ + b or s·x·w/(‖x‖‖w‖), a number at a time."""
+    logits = []
+    for x in features_BD:
+        for k, w in enumerate(classifier.weight):
+            z = sum(a * b for a, b in zip(x, w, strict=True))
+            z = z if type(classifier) is LinearClassifier else z / w.square().sum().sqrt()
+            bias = 0 if isinstance(classifier, CosineClassifier) else classifier.bias[k]
+            logits.append(30 * z / x.square().sum().sqrt() if isinstance(classifier, CosineClassifier) else z + bias)
+    return torch.stack(logits).reshape(len(features_BD), -1)
+
+
+@pytest.mark.parametrize("kind", ["normalized", "linear", "cosine"])
+def test_logits_and_gradients_of_each_classifier_are_those_of_its_definition(kind: str) -> None:
+    torch.manual_seed(1)
+    classifier = build_classifier(kind, 6, 4).double()
+    features_BD = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    found, expected = classifier(features_BD), logits_by_definition(classifier, features_BD)
+    torch.testing.assert_close(found, expected)
+    wanted = [features_BD, *classifier.parameters()]
+    slopes_BK = torch.randn(3, 4, dtype=torch.float64)
+    gradients = (torch.autograd.grad((logits * slopes_BK).sum(), wanted) for logits in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_cosine_classifier_ignores_lengths_and_has_no_biases() -> None:
+    torch.manual_seed(0)
+    classifier, features_BD = build_classifier("cosine", 6, 4, scale=16.0), torch.randn(3, 6)
+    before_BK = classifier(features_BD)
+    assert list(classifier.state_dict()) == ["weight"]
+    with torch.no_grad():
+        classifier.weight.mul_(7)
+    torch.testing.assert_close(classifier(5 * features_BD), before_BK)
+    assert before_BK.abs().max() <= 16
+    torch.testing.assert_close(classifier(classifier.weight).diagonal(), torch.full((4,), 16.0))
+
+
+@pytest.mark.parametrize("kind", ["normalized", "linear", "cosine"])
+def test_margins_know_the_unit_of_the_logits(kind: str) -> None:
+    assert build_classifier(kind, 6, 4, scale=20.0).scale == (20.0 if kind == "cosine" else 1.0)
+
+
+@pytest.mark.parametrize("kind", ["normalized", "linear"])
+@pytest.mark.parametrize("num_classes", [2, 100])
+def test_a_prior_bias_gives_each_sigmoid_the_prior_of_one_class(kind: str, num_classes: int) -> None:
+    classifier = build_classifier(kind, 6, num_classes, bias_prior=True)
+    torch.testing.assert_close(classifier(torch.zeros(1, 6)).sigmoid()[0], torch.full((num_classes,), 1 / num_classes))
+    torch.manual_seed(3)
+    prior = build_classifier(kind, 6, num_classes, bias_prior=True)
+    torch.manual_seed(3)
+    plain = build_classifier(kind, 6, num_classes)
+    assert torch.equal(prior.weight, plain.weight)
+    assert plain.bias.abs().max() <= 1 / math.sqrt(6)  # as nn.Linear starts
+
+
+def test_one_class_alone_has_a_finite_prior() -> None:
+    assert build_classifier("linear", 6, 1, bias_prior=True).bias.tolist() == [0.0]
 
 
 def looped_update(rows_KP: Tensor, filled_K: Tensor, projections_BP: Tensor, labels_B: Tensor) -> None:
