@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, get_type_hints
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.filesize import decimal
@@ -40,10 +39,10 @@ from pipelines.conversion import (
     merge_parts,
     write_shards,
 )
+from pipelines.conversion.orders import write_orders
 from pipelines.datasets import DATASETS, DatasetOptions, open_dataset, shot_groups
 from pipelines.format import PixelOptions
 from pipelines.format.index import MANIFEST_FILE
-from pipelines.randomness import Purpose, derive_key, permutation
 from pipelines.store import is_remote
 from pipelines.types import SPLITS, ConfigError, DatasetError, IntArray, OpenDataset
 
@@ -64,6 +63,7 @@ class Request:
     dataset: Annotated[str | None, Option(help=f"One of: {', '.join(DATASETS)}.", rich_help_panel=_SOURCE)] = None
     source: Annotated[Path | None, Option(help="Folder or archive of the original data.", rich_help_panel=_SOURCE)] = None
     lists: Annotated[Path | None, Option(help="Folder of the published lists or annotations.", rich_help_panel=_SOURCE)] = None
+    classes: Annotated[int | None, Option(help="Of CIFAR: the first so many classes only.", rich_help_panel=_SOURCE)] = None
     imbalance_factor: Annotated[float | None, Option(help="Largest class over smallest, at least 1.", rich_help_panel=_SOURCE)] = None
     subset: Annotated[str | None, Option(help="Images of a class that are kept: first or seeded.", rich_help_panel=_SOURCE)] = None
     val_per_class: Annotated[int | None, Option(help="Training images a class set aside for val.", rich_help_panel=_SOURCE)] = None
@@ -174,21 +174,6 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
     number, _, parts = text.partition("/")
     require(number.isdecimal() and parts.isdecimal() and int(parts) > 0, f"'{text}' is not a part; write I/N, such as 2/8")
     return int(number), int(parts)
-
-
-def write_orders(dataset: OpenDataset, seed: int, limit: int | None) -> dict[str, IntArray]:
-    """The training split shuffled by `seed`, so that sequential readers see mixed classes; the others as they come.
-
-    With `limit`, at most so many of each: a random choice.
-    """
-    orders = {}
-    for number, name in enumerate(SPLITS):
-        size = len(dataset.splits[name].labels_N)
-        order_N = np.arange(size, dtype=np.int64)
-        if name == "train" or (limit is not None and limit < size):
-            order_N = permutation(derive_key(seed, Purpose.SHARD_ORDER, *([number] if number else [])), size)[:limit]
-        orders[name] = order_N if name == "train" else np.sort(order_N)
-    return orders
 
 
 def require_apart(source: Path | None, out: str) -> None:

@@ -44,6 +44,7 @@ class DatasetOptions:
     Args:
         source: folder that holds the images, or the folder above it; an archive where the data set is published as one.
         lists: folder of the published split lists or annotations.
+        classes: only the first so many classes, at least 2.
         imbalance_factor: largest/smallest class of the exponential train profile, at least 1.
         subset: which images of a class the profile keeps: "first" in file order, or "seeded".
         seed: of every draw, at least 0.
@@ -53,6 +54,7 @@ class DatasetOptions:
 
     source: Path | None = None
     lists: Path | None = None
+    classes: int | None = None
     imbalance_factor: float | None = None
     subset: str | None = None
     seed: int | None = None
@@ -63,6 +65,7 @@ class DatasetOptions:
     def __post_init__(self) -> None:
         if self.imbalance_factor is not None:
             require_imbalance_factor(self.imbalance_factor)
+        require(self.classes is None or self.classes >= 2, f"classes must be at least 2, not {self.classes}")
         if self.subset is not None:
             require_choice("subset", self.subset, SUBSETS)
         for option in ("seed", "val_per_class"):
@@ -119,12 +122,12 @@ DATASETS: dict[str, DatasetEntry] = {
     "cifar10-lt": DatasetEntry(
         summary="CIFAR-10 (python version) with an exponential train profile",
         opener="pipelines.datasets.cifar_lt:open_cifar10_lt",
-        accepts=(*_LONG_TAIL, "val_per_class"),
+        accepts=(*_LONG_TAIL, "val_per_class", "classes"),
     ),
     "cifar100-lt": DatasetEntry(
         summary="CIFAR-100 (python version) with an exponential train profile",
         opener="pipelines.datasets.cifar_lt:open_cifar100_lt",
-        accepts=(*_LONG_TAIL, "val_per_class"),
+        accepts=(*_LONG_TAIL, "val_per_class", "classes"),
     ),
     "imagenet-lt": DatasetEntry(
         summary="ImageNet-LT: the published lists over ImageNet-1k, unpacked or in its two tars",

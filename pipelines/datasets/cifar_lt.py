@@ -1,6 +1,7 @@
 """CIFAR-10-LT and CIFAR-100-LT, made from the official python version.
 
-The largest class keeps what it has in the full set (5,000 or 500 images) and the others follow `exponential_counts` by label.
+The largest class keeps what it has in the full set (5,000 or 500 images) and the others follow `exponential_counts` by label. A smaller
+set of the same kind has the first classes only, and the profile runs over those.
 """
 
 from __future__ import annotations
@@ -77,11 +78,12 @@ def open_cifar100_lt(options: DatasetOptions) -> OpenDataset:
     """Opens CIFAR-100-LT.
 
     Reads `source` (the folder of the archive or the one above), `imbalance_factor` (100), `subset` ("first", as the reference; "seeded"),
-    `seed` (0) and `val_per_class` (0, as the field has no val split). Val takes the last images of each class before the subset is made;
-    the largest class shrinks by as many, so the counts are then no longer the published ones.
+    `seed` (0), `classes` (all) and `val_per_class` (0, as the field has no val split). Val takes the last images of each class before the
+    subset is made; the largest class shrinks by as many, so the counts are then no longer the published ones. With `classes`, the images
+    of the others are in no split, and the profile falls to 1/imbalance_factor over the classes that are left.
 
     Raises:
-        ConfigError: a val split as large as the largest class.
+        ConfigError: a val split as large as the largest class, or more classes than there are.
         DatasetError: a file is missing or damaged, or has fewer images of a class than the profile asks for.
     """
     return _open(_CIFAR100, options)
@@ -96,9 +98,11 @@ def _open(layout: _Layout, options: DatasetOptions) -> OpenDataset:
 
     folder = _folder(layout, options.source)
     class_names = _class_names(folder / layout.meta, layout.names_key)
-    num_classes = len(class_names)
-    train = _read(folder, layout.train, layout.label_key, num_classes)
-    test = _read(folder, (layout.test,), layout.label_key, num_classes)
+    num_classes = options.classes or len(class_names)
+    require(num_classes <= len(class_names), f"classes must be at most the {len(class_names)} of {layout.name}, not {num_classes}")
+    train = _first_classes(_read(folder, layout.train, layout.label_key, len(class_names)), num_classes)
+    test = _first_classes(_read(folder, (layout.test,), layout.label_key, len(class_names)), num_classes)
+    class_names = class_names[:num_classes]
 
     by_class = rows_by_class(train.labels_N, num_classes)
     val_rows = np.sort(np.concatenate([rows[max(0, len(rows) - val_per_class) :] for rows in by_class]))
@@ -111,7 +115,7 @@ def _open(layout: _Layout, options: DatasetOptions) -> OpenDataset:
         name=layout.name,
         class_names=class_names,
         splits={"train": _split(train, train_rows), "val": _split(train, val_rows), "test": _split(test, np.arange(len(test.labels_N)))},
-        options=resolved | ({"seed": seed} if subset == "seeded" else {}),
+        options=resolved | ({"seed": seed} if subset == "seeded" else {}) | ({"classes": num_classes} if options.classes else {}),
     )
 
 
@@ -150,6 +154,16 @@ def _read(folder: Path, names: tuple[str, ...], label_key: bytes, num_classes: i
         labels.append(labels_N.astype(np.int64))
         sources += [f"{path}#{row}" for row in range(len(labels_N))]
     return _Images(pixels_NP=np.concatenate(pixels), labels_N=np.concatenate(labels), sources=sources)
+
+
+def _first_classes(images: _Images, num_classes: int) -> _Images:
+    """`images` without those of labels from `num_classes` on, in the same order."""
+    kept_N = np.flatnonzero(images.labels_N < num_classes)
+    if len(kept_N) == len(images.labels_N):
+        return images
+    return _Images(
+        pixels_NP=images.pixels_NP[kept_N], labels_N=images.labels_N[kept_N], sources=[images.sources[row] for row in kept_N.tolist()]
+    )
 
 
 def _require_enough(available_K: IntArray, counts_K: IntArray, class_names: tuple[str, ...], folder: Path) -> None:

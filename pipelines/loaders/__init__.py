@@ -30,13 +30,22 @@ __all__ = ["LOADERS", "MADE_UP_PIXELS", "LoaderChoice", "PlannedLoader", "build_
 
 
 def build_loader(
-    shards: ShardSet, split: str, config: DataConfig, *, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
+    shards: ShardSet,
+    split: str,
+    config: DataConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    training: bool | None = None,
 ) -> PlannedLoader:
     """Builds the loader `config` asks for over one split.
 
     Args:
         shards: opened shard folder, or shards at a URL (loader `webdataset`).
         split: "train" gives two augmented streams; "val" and "test" give every sample once, centre-cropped.
+        training: False gives "train" as the others are given; by default the split decides.
         config: loader, sizes, order and augmentation.
         seed: of the run; with (epoch, step, rank) it determines every batch.
         device: where batches are delivered.
@@ -54,13 +63,14 @@ def build_loader(
         raise ShardError(f"{shards.root} has no samples in its '{split}' split; name another split or make shards that have it")
     if is_streamed(shards) and name not in _NEED_NO_FOLDER:
         raise ConfigError(f"loader '{name}' needs a folder, and {shards.root} is a URL: copy the shards here, or take --loader webdataset")
-    if split == "train":
+    training = split == "train" if training is None else training
+    if training:
         _require_equal_shares(shards.num_samples(split), config, world_size)
     module_name, class_name = LOADERS[name].split(":")
     source_class = getattr(import_module(module_name), class_name)
     data = shards.split(split)
     if (
-        split == "train"
+        training
         and config.augment.crop == "pad"
         and not ((data.heights_N == config.image_size) & (data.widths_N == config.image_size)).all()
     ):
@@ -68,7 +78,7 @@ def build_loader(
             f"crop 'pad' needs stored images of {config.image_size} px, and {shards.root} has others; take --set data.augment.crop=resized"
         )
     request = PixelRequest(
-        shards=shards, split=data, config=config, training=split == "train", device=device, rank=rank, world_size=world_size, seed=seed
+        shards=shards, split=data, config=config, training=training, device=device, rank=rank, world_size=world_size, seed=seed
     )
     return PlannedLoader(request, source_class(request), num_classes=len(shards.class_names))
 

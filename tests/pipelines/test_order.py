@@ -81,6 +81,27 @@ class TestPartnerStream:
             assert chi_square < len(uses) + 5 * np.sqrt(2 * len(uses))
 
 
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    sampling=st.sampled_from(SAMPLINGS),
+    draw=st.sampled_from(["independent", "systematic"]),
+    world_size=st.integers(1, 4),
+)
+def test_the_same_partner_is_the_instance_stream_once_more(counts: list[int], sampling: str, draw: str, world_size: int) -> None:
+    """However classes would be drawn, on any rank; and the instance stream is what it is with drawn partners."""
+    same, drawn = (order_of(counts, sampling=sampling, draw=draw, partner=partner) for partner in ("same", "drawn"))
+    for epoch in (0, 3):
+        np.testing.assert_array_equal(same.instance_epoch(epoch), drawn.instance_epoch(epoch))
+        for step in range(same.num_steps):
+            positions = same.step_positions(step, world_size - 1, world_size)
+            np.testing.assert_array_equal(same.partner_epoch(epoch)[positions], same.instance_epoch(epoch)[positions])
+
+
+def test_an_unknown_partner_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown partner 'twin'; known: drawn, same"):
+        OrderConfig(partner="twin")
+
+
 def test_class_counts_of_a_balanced_epoch_differ_by_at_most_one() -> None:
     counts = [500, 107, 31, 8, 2]
     order = order_of(counts, sampling="class-balanced", draw="systematic")

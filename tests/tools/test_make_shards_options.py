@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import pty
 import re
 import signal
@@ -301,3 +302,19 @@ def test_local_urls_are_folders(tmp_path: Path, photos: Path) -> None:
         assert digests(tmp_path / f"url{number}") == digests(tmp_path / "path")
     assert "in another" not in must_convert(*FOLDER, "--out", "memory://bucket/out", cwd=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["path", "photos", "url0", "url1"]
+
+
+def test_the_first_classes_of_cifar_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "source" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    for name, count in (("train", 500), ("test", 3)):
+        content = {b"data": np.zeros((4 * count, 3072), np.uint8), b"fine_labels": [0, 1, 2, 3] * count}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"a", b"b", b"c", b"d"]}, protocol=2))
+    command = ("--dataset", "cifar100-lt", "--source", "source", "--out", "shards")
+    must_convert(*command, "--classes", "3", "--imbalance-factor", "25", cwd=tmp_path)
+    shards = open_shards(tmp_path / "shards")
+    assert shards.class_names == ("a", "b", "c")
+    assert (shards.class_counts("train").tolist(), shards.class_counts("test").tolist()) == ([500, 100, 20], [3, 3, 3])
+    assert shards.manifest["options"]["classes"] == 3
+    assert "classes must be at most the 4 of cifar100-lt, not 5" in refusal(*command, "--classes", "5", cwd=tmp_path)

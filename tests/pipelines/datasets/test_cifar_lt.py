@@ -239,3 +239,31 @@ def test_real_cifar(real_cifar: Path, name: str, factor: float, total: int, num_
 def test_real_cifar10_holds_no_more_than_factor_10(real_cifar: Path) -> None:
     with pytest.raises(DatasetError, match=r"the subset asks for 4181 images of class 'automobile', but .*cifar-10-batches-py has 3871"):
         _open(real_cifar, "cifar10-lt", imbalance_factor=5)
+
+
+def test_the_first_classes_have_a_profile_of_their_own(cifar100: Path) -> None:
+    whole, two = _open(cifar100), _open(cifar100, classes=2)
+    assert two.class_names == ("apple", "fish")
+    assert class_counts(two.splits["train"].labels_N, 2).tolist() == exponential_counts(500, 2, 100).tolist() == [500, 5]
+    assert two.options == {"imbalance_factor": 100, "subset": "first", "val_per_class": 0, "classes": 2}
+    assert "classes" not in whole.options  # shards of all classes have the manifest they always had
+    # The same images of the first class, with the names and pixels they have in the whole set.
+    assert list(two.splits["test"].sources) == [
+        source for source, label in zip(whole.splits["test"].sources, whole.splits["test"].labels_N, strict=True) if label < 2
+    ]
+    rows = load_cifar_pickle(cifar100 / "test")[b"data"]
+    for index, source in enumerate(two.splits["test"].sources):
+        image_HWC = np.asarray(Image.open(io.BytesIO(two.splits["test"].read(index).encoded)))
+        assert image_HWC.transpose(2, 0, 1).tobytes() == rows[int(source.split("#")[1])].tobytes()
+    labels_N = np.array(load_cifar_pickle(cifar100 / "train")[b"fine_labels"])
+    assert set(labels_N[_rows(two, "train")]) == {0, 1}
+    assert class_counts(_open(cifar100, classes=2, val_per_class=30).splits["val"].labels_N, 2).tolist() == [30, 30]
+
+
+def test_as_many_classes_as_there_are_at_most(cifar100: Path) -> None:
+    with pytest.raises(ConfigError, match="classes must be at most the 3 of cifar100-lt, not 4"):
+        _open(cifar100, classes=4)
+    with pytest.raises(ConfigError, match="classes must be at least 2, not 1"):
+        _open(cifar100, classes=1)
+    with pytest.raises(ConfigError, match="data set 'demo' does not take classes"):
+        open_dataset("demo", DatasetOptions(classes=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,29 @@ def test_one_window_of_all_shards_is_the_exact_order(small: RemoteSplit, config:
     for epoch in (0, 3):
         np.testing.assert_array_equal(order.instance_epoch(epoch), exact.instance_epoch(epoch))
         np.testing.assert_array_equal(order.partner_epoch(epoch), exact.partner_epoch(epoch))
+
+
+@pytest.mark.parametrize("config", [BALANCED, OrderConfig(sampling="square-root", draw="systematic", drop_last=True)])
+@pytest.mark.parametrize(
+    ("shards_a_window", "world_size", "lost"),
+    [(1, 1, ()), (3, 1, ()), (7, 1, ()), (2, 2, ()), (1, 7, ()), (1, 1, (1, 5)), (3, 1, (1, 5)), (7, 1, (1, 5)), (2, 2, (1, 5))],
+)
+def test_the_same_partner_is_the_instance_stream_once_more(
+    small: RemoteSplit, config: OrderConfig, shards_a_window: int, world_size: int, lost: tuple[int, ...]
+) -> None:
+    """In windows, on ranks, and where shards are lost: a pair is two views of one image, also of a replacement."""
+    orders = [
+        order_of(small, shards_a_window, world_size, 3 * world_size, config=replace(config, partner=partner, drop_last=True), lost=lost)
+        for partner in ("same", "drawn")
+    ]
+    for epoch in (0, 2):
+        ids = orders[0].instance_epoch(epoch)
+        np.testing.assert_array_equal(orders[0].partner_epoch(epoch), ids)
+        np.testing.assert_array_equal(orders[1].instance_epoch(epoch), ids)
+        assert (orders[1].partner_epoch(epoch) != ids).any()
+        for rank in range(world_size):
+            stream = rank_stream(orders[0], ids, rank, world_size)
+            assert set(small.shards_N[stream].tolist()) == {use.shard for use in orders[0].uses(epoch, rank)}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

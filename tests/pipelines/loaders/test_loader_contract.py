@@ -117,6 +117,24 @@ class TestEveryLoader:
                 halves = [half.ids_S[stream * half.num_sources :][: half.num_sources] for half in (first, second)]
                 np.testing.assert_array_equal(np.concatenate(halves), one.ids_S[stream * one.num_sources :][: one.num_sources])
 
+    def test_the_same_partner_is_another_crop_of_the_same_image(self, make_shards: Any, loader: str) -> None:
+        """From any step, on one rank and on two; the first crops are those of a run whose partners are drawn."""
+        order = OrderConfig(sampling="class-balanced", partner="same")
+        pairs = collect(loader_for(make_shards(), loader, order=order), epoch=1)
+        assert_same(loader, collect(loader_for(make_shards(), loader, order=order), epoch=1, start_step=2), pairs[2:])
+        assert sorted(np.concatenate([batch.ids_S[: batch.num_sources] for batch in pairs]).tolist()) == list(range(74))
+        for batch, drawn in zip(pairs, collect(loader_for(make_shards(), loader), epoch=1), strict=True):
+            for ids, other_ids in (np.split(batch.ids_S, 2), (batch.ids_S[: batch.num_sources], drawn.ids_S[: batch.num_sources])):
+                np.testing.assert_array_equal(ids, other_ids)
+            if loader not in MADE_UP_PIXELS:
+                first, second = batch.images_SHWC.chunk(2)
+                torch.testing.assert_close(first, drawn.images_SHWC[: len(first)], rtol=0, atol=0)
+                unlike = (first.float() - second.float()).abs().mean((1, 2, 3)) > 1
+                assert unlike.float().mean() > 0.8  # the policy and the crop of one in some hundreds may agree
+        for rank in range(2):
+            for batch in collect(loader_for(make_shards(), loader, order=order, rank=rank, world_size=2)):
+                np.testing.assert_array_equal(*np.split(batch.ids_S, 2))
+
     def test_an_abandoned_epoch_leaves_no_trace_in_the_next(self, make_shards: Any, loader: str) -> None:
         expected = collect(loader_for(make_shards(), loader), epoch=1)
         used = loader_for(make_shards(), loader)
