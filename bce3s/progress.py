@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from bce3s.metrics import Accuracy, format_percent
 
 SHOWN_TERMS = ("total", "joint", "contrastive", "uniform")
+SHOWN_ACCURACIES = ("all", "many", "medium", "few")
 
 
 class TrainingProgress:
@@ -71,7 +72,7 @@ class TrainingProgress:
         parts = [f"epoch {epoch + 1:>3}/{self._epochs}", f"loss {line['total']:.3f}", f"{line['images_per_s']:.0f} source images/s"]
         parts.append(f"data wait {line['data_wait_share']:.0%}")
         if accuracy is not None:
-            parts += [f"{name} {format_percent(value)}" for name, value in accuracy.headline().items() if name != "balanced"]
+            parts += [f"{name} {format_percent(value)}" for name, value in accuracy.headline().items() if name in SHOWN_ACCURACIES]
         if not self._console.is_terminal:
             left_s = (time.perf_counter() - self._started_s) / max(epoch + 1 - self._first_epoch, 0.01) * (self._epochs - epoch - 1)
             parts.append(f"{left_s:.0f} s left")
@@ -79,13 +80,16 @@ class TrainingProgress:
 
 
 def accuracy_table(title: str, rows: dict[str, Accuracy], caption: str) -> Table:
-    """Accuracies by shot group, one row a measurement; the first row is the headline."""
+    """Accuracies by shot group and calibration error, one row a measurement; the first row is the headline."""
+    measured = next((accuracy.calibration for accuracy in rows.values() if accuracy.calibration is not None), None)
+    if measured is not None:
+        caption += f"; ECE: {len(measured.bin_counts)} bins, confidence is the largest {measured.confidence}"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.add_column("top-1 accuracy, %")
-    for name in ("all", "many", "medium", "few"):
+    for name in (*SHOWN_ACCURACIES, "ECE"):
         table.add_column(name, justify="right")
     for position, (name, accuracy) in enumerate(rows.items()):
         figures = accuracy.headline()
-        values = [format_percent(figures[group]) for group in ("all", "many", "medium", "few")]
+        values = [format_percent(figures[group]) for group in (*SHOWN_ACCURACIES, "ece")]
         table.add_row(name, *values, style="bold" if position == 0 else None)
     return table

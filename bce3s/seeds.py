@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipelines.types import ConfigError
 
 SEEDS_FILE = "seeds.json"
 GROUPS = ("all", "many", "medium", "few")
+MORE_FIGURES = ("balanced", "ece")  # of the file, not of the table
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -49,15 +51,37 @@ def summary_of(run: Path) -> dict[str, Any]:
 def combine(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation over the seeds of every figure of their summaries; None where a group is empty.
 
+    Those of accuracies are under "figures" by measure and group, those of features under "features" by path.
+
     Args:
         summaries: seed -> summary line, of at least one run.
     """
     first, *others = summaries.values()
-    measures = [name for name, value in first.items() if isinstance(value, dict) and all(name in other for other in others)]
+    measures = [name for name, value in first.items() if _is_accuracy(value) and all(name in other for other in others)]
     figures = {
-        measure: {group: _spread([summary[measure][group] for summary in summaries.values()]) for group in GROUPS} for measure in measures
+        measure: {
+            figure: _spread([summary[measure][figure] for summary in summaries.values()])
+            for figure in (*GROUPS, *MORE_FIGURES)
+            if all(figure in summary[measure] for summary in summaries.values())
+        }
+        for measure in measures
     }
-    return {"seeds": sorted(summaries), "n": len(summaries), "figures": figures}
+    flat = [dict(_scalars(summary.get("last_epoch_features") or {})) for summary in summaries.values()]
+    features = {name: _spread([each[name] for each in flat]) for name in flat[0] if all(name in each for each in flat)}
+    return {"seeds": sorted(summaries), "n": len(summaries), "figures": figures, "features": features}
+
+
+def _is_accuracy(value: Any) -> bool:
+    return isinstance(value, dict) and set(GROUPS) <= value.keys()
+
+
+def _scalars(figures: dict[str, Any], path: str = "") -> Iterator[tuple[str, float | None]]:
+    """Every number of nested figures under its path, such as "compactness.few.mean"."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{path}{name}.")
+        elif value is None or isinstance(value, (int, float)):
+            yield f"{path}{name}", value
 
 
 def _spread(values: list[float | None]) -> dict[str, float | None] | None:

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from bce3s.checkpoint import CheckpointError, load_checkpoint
 from bce3s.config import TrainConfig, to_json
 from bce3s.device import Placement, apply_numerics, environment, resolve_placement
 from bce3s.distributed import ALONE, World
-from bce3s.evaluate import evaluate
+from bce3s.evaluate import classifier_rows, evaluate
 from bce3s.interrupt import StopRequest
 from bce3s.losses import build_loss, resolve_method
-from bce3s.metrics import Accuracy
+from bce3s.metrics import Accuracy, FeatureStatistics, confidence_kind
 from bce3s.progress import TrainingProgress
 from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog, read_metrics
 from bce3s.step import TrainStep
@@ -31,6 +30,7 @@ from bce3s.train.loaders import RunLoaders
 from bce3s.train.means import all_finite
 from bce3s.train.result import RunResult, summary
 from bce3s.train.saves import Saves
+from bce3s.train.selection import best_weights, resolve_selection
 from bce3s.train.state import Cursor, RunState, require_same_start
 from pipelines.durable import write_atomically
 from pipelines.format import ShardSet
@@ -97,16 +97,13 @@ class Trainer:
         # From here on by its name: a continuation must not choose anew.
         self.config = config = resolve_method(replace(config, data=replace(config.data, loader=self.loader_choice.name)))
         self.train_counts_K = shards.class_counts("train")
-        self.report_split = next((split for split in ("test", "val") if shards.num_samples(split)), "")
-        if not self.report_split:
-            raise ConfigError(f"{shards.root} has neither test nor val images to evaluate on; make shards that have")
-        self.selection_split = "val" if shards.num_samples("val") else self.report_split
+        self.selection = resolve_selection(config, shards)
         try:
             self.model = build_model(without_pretrained(config) if continues else config, len(shards.class_names), self.placement)
             self.loss = build_loss(config.loss, torch.from_numpy(self.train_counts_K).to(self.placement.device))
             self.step = TrainStep(self.model, self.loss, config, self.placement, world)
             with self.console.status("opening shards"):
-                splits = ("train", self.selection_split, self.report_split)
+                splits = ("train", self.selection.split, self.selection.report_split)
                 self.loaders = RunLoaders(config, shards, splits, self.placement.device, world)
         except torch.OutOfMemoryError:
             raise self._too_large() from None
@@ -236,11 +233,11 @@ class Trainer:
         if (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs:
             self._stop_if_asked(self._agreed(self._stop.name is not None))
             with self.state.rank_average():
-                accuracy = self._evaluate(self.selection_split, progress)["plain"]
-                if (accuracy.all or 0.0) > cursor.best_accuracy:
-                    cursor.best_accuracy, cursor.best_epoch = accuracy.all or 0.0, epoch
+                accuracy = self._evaluate(self.selection.split, progress)["plain"]
+                if self.selection.score(accuracy) > cursor.best_accuracy:
+                    cursor.best_accuracy, cursor.best_epoch = self.selection.score(accuracy), epoch
                     self.saves.keep_best()
-        log.write({"kind": "epoch", **line, "split": self.selection_split, **(accuracy.headline() if accuracy else {})})
+        log.write({"kind": "epoch", **line, "split": self.selection.split, **(accuracy.headline() if accuracy else {})})
         progress.show_epoch(epoch, line, accuracy)
         cursor.next_epoch()
         self.state.means.clear()
@@ -293,7 +290,9 @@ class Trainer:
             f"{f'{newest} stands' if newest else 'nothing was saved yet'}; lower --lr or raise the warm-up"
         )
 
-    def _evaluate(self, split: str, progress: TrainingProgress, *, flip_tta: bool = False) -> dict[str, Accuracy]:
+    def _evaluate(
+        self, split: str, progress: TrainingProgress, *, flip_tta: bool = False, features: FeatureStatistics | None = None
+    ) -> dict[str, Accuracy]:
         loader = self.loaders[split]
 
         def advanced(advance: Callable[[], None]) -> None:
@@ -307,37 +306,44 @@ class Trainer:
                 flip_tta=flip_tta,
                 on_step=lambda: advanced(advance),
                 world=self.world,
+                confidence=confidence_kind(self.config.loss),
+                features=features,
             )
 
     def _final_result(self, progress: TrainingProgress) -> RunResult:
-        cursor = self.state.cursor
+        cursor, selection = self.state.cursor, self.selection
+        features = FeatureStatistics(len(self.train_counts_K), self.model.backbone.feature_dim, self.placement.device)
         with self.state.rank_average():
-            last = self._evaluate(self.report_split, progress, flip_tta=True)
+            last = self._evaluate(selection.report_split, progress, flip_tta=True, features=features)
+            geometry = features.geometry(classifier_rows(self.model.classifier), self.train_counts_K)
             average = None
             if self.step.average is not None:
                 with self.step.average.applied():
-                    average = self._evaluate(self.report_split, progress)["plain"]
+                    average = self._evaluate(selection.report_split, progress)["plain"]
             best: Accuracy | None = last["plain"]
             if cursor.best_epoch + 1 != self.config.epochs:
                 last_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-                best = self._evaluate(self.report_split, progress)["plain"] if self._load_best() else None
+                best = self._evaluate(selection.report_split, progress)["plain"] if self._load_best() else None
                 self.model.load_state_dict(last_weights)
         epochs = [line for line in read_metrics(self.out) if line["kind"] == "epoch"]
         return RunResult(
             last=last["plain"],
             last_flip_tta=last["flip_tta"],
+            last_features=geometry,
             best=best,
             best_epoch=cursor.best_epoch,
             last_average=average,
-            selection_split=self.selection_split,
-            report_split=self.report_split,
+            selection_split=selection.split,
+            selection_measure=selection.measure,
+            selects=selection.selects,
+            report_split=selection.report_split,
             images_per_s=statistics.median(line["images_per_s"] for line in epochs) if epochs else 0.0,
             data_wait_share=statistics.median(line["data_wait_share"] for line in epochs) if epochs else 0.0,
         )
 
     def _load_best(self) -> bool:
         """The weights of the best epoch into the model, where they are not lost; the main rank has them and hands them to the others."""
-        weights = self._best_weights() if self.world.is_main else None
+        weights = best_weights(self.saves, self.out, self.state.cursor.best_epoch, self._say_loudly) if self.world.is_main else None
         if not self._agreed(weights is not None):
             return False
         if weights is not None:
@@ -346,22 +352,6 @@ class Trainer:
             if value.is_floating_point():
                 self.world.sum(value if self.world.is_main else value.zero_())
         return True
-
-    def _best_weights(self) -> dict[str, torch.Tensor] | None:
-        """From this process's memory, or from the file if it is of the epoch that the checkpoint speaks of."""
-        weights, path = self.saves.best_weights(), self.out / BEST_CHECKPOINT
-        if weights is not None:
-            return weights
-        try:
-            state = load_checkpoint(path, torch.device("cpu"))
-        except CheckpointError as error:
-            self._say_loudly(f"the best epoch is not reported: {error}")
-            return None
-        if state["cursor"]["best_epoch"] != self.state.cursor.best_epoch:
-            self._say_loudly(f"the best epoch is not reported: {path} holds the weights of another one")
-            return None
-        found: dict[str, torch.Tensor] = state["model"]
-        return found
 
     def close(self) -> None:
         """Frees the loaders and waits for what is being saved."""

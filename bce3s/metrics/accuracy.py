@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bce3s.metrics.calibration import Calibration
 from pipelines.datasets import shot_groups
 from pipelines.types import IntArray
 
@@ -21,6 +22,7 @@ class Accuracy:
         many, medium, few: mean per-class accuracy of classes with > 100, 20–100 and < 20 training images.
         per_class: [K].
         num_images: counted images.
+        calibration: how far confidences are from accuracies, None where it was not measured.
     """
 
     all: float | None
@@ -30,17 +32,25 @@ class Accuracy:
     few: float | None
     per_class: tuple[float | None, ...]
     num_images: int
+    calibration: Calibration | None = None
+
+    @property
+    def ece(self) -> float | None:
+        """Expected calibration error in percent, None where it was not measured."""
+        return None if self.calibration is None else self.calibration.ece
 
     def headline(self) -> dict[str, float | None]:
-        """The five figures without the per-class list."""
-        return {name: getattr(self, name) for name in ("all", "many", "medium", "few", "balanced")}
+        """The five accuracies and the calibration error, without the lists."""
+        return {name: getattr(self, name) for name in ("all", "many", "medium", "few", "balanced", "ece")}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "ece": self.ece}
 
 
-def accuracy_from_counts(correct_K: IntArray, total_K: IntArray, train_counts_K: IntArray) -> Accuracy:
+def accuracy_from_counts(
+    correct_K: IntArray, total_K: IntArray, train_counts_K: IntArray, calibration: Calibration | None = None
+) -> Accuracy:
     """Accuracies from int64 [K] counts of right and of all evaluated images; `train_counts_K` decides the shot groups."""
     seen_K = total_K > 0
     per_class_K = np.divide(correct_K * 100.0, total_K, out=np.zeros(len(total_K)), where=seen_K)
@@ -58,6 +68,7 @@ def accuracy_from_counts(correct_K: IntArray, total_K: IntArray, train_counts_K:
         few=groups["few"],
         per_class=tuple(float(value) if seen else None for value, seen in zip(per_class_K, seen_K, strict=True)),
         num_images=int(total_K.sum()),
+        calibration=calibration,
     )
 
 

@@ -1,0 +1,157 @@
+"""The command `bce3s evaluate`. Torch is imported only once it runs, so `--help` is instant."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from pipelines.config import require, require_choice
+from pipelines.types import SPLITS, ShardError
+
+if TYPE_CHECKING:
+    from bce3s.config import TrainConfig
+    from bce3s.metrics import Accuracy, FeatureGeometry
+    from pipelines.format import ShardSet
+    from pipelines.loaders import PlannedLoader
+
+
+def evaluate_run(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    shards: Annotated[str | None, typer.Option(help="Shard folder or URL; default what the run was trained on.")] = None,
+    split: Annotated[str, typer.Option(help="val or test, or train: its images without augmentation.")] = "test",
+    checkpoint: Annotated[str, typer.Option(help="last, or the best on val.")] = "last",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    average: Annotated[bool, typer.Option("--average", help="The moving average of the weights, where the run kept one.")] = False,
+    features: Annotated[bool, typer.Option("--features", help="Compactness, separability and neural collapse too.")] = False,
+    adjust_logits: Annotated[float | None, typer.Option(help="τ: beside it, logits less τ times the log of the class priors.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, per class too.")] = False,
+) -> None:
+    """Evaluate a trained run, with and without flip test-time augmentation."""
+    require_choice("split", split, SPLITS)
+    require_choice("checkpoint", checkpoint, ("last", "best"))
+    tau = adjust_logits or 0.0
+    require(0 <= tau < math.inf, f"--adjust-logits takes a τ from 0 on, such as 1, not {tau}")
+    from bce3s.device import resolve_device
+    from bce3s.evaluate.table import geometry_tables
+    from bce3s.progress import accuracy_table
+    from bce3s.runlog import ENVIRONMENT_FILE, read_json
+
+    recorded = read_json(run / ENVIRONMENT_FILE)
+    resolve_device(device)  # before a large file is read
+    state, path = _load(run, checkpoint)
+    opened = _open_shards(run, shards, str(recorded.get("shards", "")), state, path)
+    console = Console(stderr=json_output)
+    name = _measured(checkpoint, state, opened) + (", average of weights" if average else "")
+    figures, geometry = _measure(opened, split, state, path, device, console, average=average, features=features, tau=tau)
+    adjusted = f"adjusted τ={tau:g}"
+    labels = {"plain": name, "plain_adjusted": f"{name}, {adjusted}"}
+    labels |= {"flip_tta": f"{name}, flip TTA", "flip_tta_adjusted": f"{name}, flip TTA, {adjusted}"}
+    rows = {label: figures[key] for key, label in labels.items() if key in figures}
+    if json_output:
+        found: dict[str, Any] = {label: accuracy.to_dict() for label, accuracy in rows.items()}
+        typer.echo(json.dumps(found | ({"features": geometry.to_dict()} if geometry else {}), indent=1))
+        return
+    caption = f"{figures['plain'].num_images:,} images" + (", without augmentation" if split == "train" else "")
+    caption += "; adjusted: logits less τ·log of the class priors" if tau else ""
+    console.print(accuracy_table(f"{run}, {split} split", rows, caption))
+    if geometry:
+        console.print(geometry_tables(f"{name}: features of the {split} split, and classifier", geometry))
+
+
+def _load(run: Path, checkpoint: str) -> tuple[dict[str, Any], Path]:
+    """The newest checkpoint that is whole, or the best, and where it lies."""
+    import torch
+
+    from bce3s.checkpoint import load_checkpoint
+    from bce3s.train import BEST_CHECKPOINT, load_last
+
+    if checkpoint == "best":
+        return load_checkpoint(run / BEST_CHECKPOINT, torch.device("cpu")), run / BEST_CHECKPOINT
+    loaded = load_last(run)
+    for sentence in loaded.skipped:
+        typer.echo(f"warning: {sentence}; taking the one before", err=True)
+    return loaded.state, loaded.path
+
+
+def _open_shards(run: Path, shards: str | None, recorded: str, state: dict[str, Any], path: Path) -> ShardSet:
+    """Those that were named, or those the run was trained on; the classes must be the run's."""
+    from bce3s.checkpoint import require_same_data
+    from pipelines.format import open_shards
+    from pipelines.format.bus_error import explain_bus_errors_of
+    from pipelines.store import is_remote
+
+    location = shards or recorded
+    if shards is None and not is_remote(location) and not Path(location).is_dir():
+        raise ShardError(f"the shards of {run} are not at {location} any more; name where they are with --shards")
+    opened = open_shards(location)
+    require_same_data(state, path, opened.dataset, opened.fingerprint, opened.root)
+    explain_bus_errors_of(opened.root)
+    return opened
+
+
+def _measure(
+    shards: ShardSet,
+    split: str,
+    state: dict[str, Any],
+    path: Path,
+    device: str,
+    console: Console,
+    *,
+    average: bool,
+    features: bool,
+    tau: float,
+) -> tuple[dict[str, Accuracy], FeatureGeometry | None]:
+    """One pass over the split, under a bar."""
+    import numpy as np
+
+    from bce3s.evaluate.split import classifier_rows, evaluate
+    from bce3s.metrics import FeatureStatistics, confidence_kind
+    from bce3s.train import average_applied, load_run
+
+    config, placement, model = load_run(state, device)
+    data = _loader(shards, split, config, placement.device)
+    statistics = FeatureStatistics(len(state["class_names"]), model.backbone.feature_dim, placement.device) if features else None
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"evaluating {split}", total=data.num_steps)
+        counts_K, augment = np.array(state["train_counts"]), config.data.augment
+        with average_applied(state, model, config, path) if average else nullcontext():
+            figures = evaluate(
+                *(model, data, counts_K, augment, placement),
+                flip_tta=True,
+                on_step=lambda: progress.advance(task),
+                confidence=confidence_kind(config.loss),
+                adjust_logits=tau,
+                features=statistics,
+            )
+            geometry = statistics.geometry(classifier_rows(model.classifier), counts_K) if statistics else None
+    data.close()
+    return figures, geometry
+
+
+def _loader(shards: ShardSet, split: str, config: TrainConfig, device: Any) -> PlannedLoader:
+    """The split as it is evaluated."""
+    from pipelines.loaders import MADE_UP_PIXELS, build_loader
+
+    # What a run was trained from a folder with cannot stream, or has no pixels of the images; "auto" finds what does.
+    other = not isinstance(shards.root, Path) or config.data.loader in MADE_UP_PIXELS
+    data_config = replace(config.data, loader="auto") if other else config.data
+    return build_loader(shards, split, data_config, seed=config.seed, device=device, training=False)
+
+
+def _measured(checkpoint: str, state: dict[str, Any], shards: ShardSet) -> str:
+    """'last epoch (3)', 'best epoch on val (2)', or of a run that is not at an epoch's end 'last checkpoint (step 12 of epoch 4)'."""
+    from bce3s.train import Cursor
+
+    cursor = Cursor(**state["cursor"])
+    if checkpoint == "best":
+        selection_split = "val" if shards.num_samples("val") else "test"
+        return f"best epoch on {selection_split} ({cursor.best_epoch + 1})"
+    return f"last checkpoint ({cursor})" if cursor.step else f"last epoch ({cursor.epoch})"

@@ -1,0 +1,127 @@
+"""Evaluation of a split: every image once, no randomness, one wait for the device at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bce3s.device import Placement
+from bce3s.distributed import ALONE, World
+from bce3s.metrics import Accuracy, FeatureStatistics, ReliabilityBins, accuracy_from_counts
+from bce3s.models import LinearClassifier, NormalizedClassifier, Recogniser
+from pipelines.augment.mix import channel_statistics, normalise
+from pipelines.config import AugmentConfig
+from pipelines.types import IntArray, Loader
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    train_counts_K: IntArray,
+    augment: AugmentConfig,
+    placement: Placement,
+    *,
+    flip_tta: bool = False,
+    on_step: Callable[[], None] = lambda: None,
+    world: World = ALONE,
+    confidence: str = "softmax",
+    adjust_logits: float = 0.0,
+    features: FeatureStatistics | None = None,
+) -> dict[str, Accuracy]:
+    """Top-1 accuracies and calibration of one pass over a split.
+
+    Returns:
+        "plain"; with `flip_tta` also "flip_tta" (mean of the logits with those of the mirrored image); with `adjust_logits` also the
+        same rows adjusted, "plain_adjusted" and "flip_tta_adjusted".
+
+    Args:
+        model: images [B, 3, H, W] to logits [B, K]; put into evaluation mode here and left as it was found.
+        loader: of "val" or "test", or of "train" without augmentation.
+        train_counts_K: int64 [K], training images a class, for the shot groups and the prior of `adjust_logits`.
+        augment: mean and std.
+        placement: precision and device.
+        flip_tta: also evaluate with flip test-time augmentation (traps.md A2: never the headline).
+        on_step: called after each batch.
+        world: whose ranks hold equal models and evaluate their shares of the split; counts are summed, so the accuracies are exact.
+        confidence: of a prediction: "softmax" or "sigmoid" (`bce3s.metrics.confidence_kind`).
+        adjust_logits: τ of post-hoc logit adjustment (Menon et al. 2021, eq. 9); 0 is off.
+        features: also collects the plain images' features, of all ranks; `model` is then a `Recogniser`.
+    """
+    was_training = model.training
+    model.eval()
+    mean, std = channel_statistics(augment, placement.device)
+    names = ("plain", "flip_tta") if flip_tta else ("plain",)
+    rows = {name: _Row(len(train_counts_K), placement.device, confidence) for name in names}
+    shift_K = prior_shift(train_counts_K, adjust_logits).to(placement.device) if adjust_logits else None
+    if shift_K is not None:
+        rows |= {f"{name}_adjusted": _Row(len(train_counts_K), placement.device, confidence) for name in names}
+    total_K = torch.zeros(len(train_counts_K), dtype=torch.int64, device=placement.device)
+    for batch in loader.epoch(0):
+        images = normalise(batch.images_SHWC, mean, std, placement.dtype)
+        with placement.autocast():
+            logits = {"plain": _logits(model, images, batch.labels_S, features)}
+            if flip_tta:
+                # Halved: a confidence is of one image's logits, not of a sum.
+                logits["flip_tta"] = (logits["plain"] + model(images.flip(3)).float()) / 2
+        # bincount would ask the device for the largest label and wait for the answer.
+        total_K.scatter_add_(0, batch.labels_S, torch.ones_like(batch.labels_S))
+        for name, logits_BK in logits.items():
+            rows[name].add(logits_BK, batch.labels_S)
+            if shift_K is not None:
+                rows[f"{name}_adjusted"].add(logits_BK - shift_K, batch.labels_S)
+        on_step()
+    model.train(was_training)
+    if features is not None:
+        features.sum_over(world)
+    totals_K = world.sum(total_K).cpu().numpy()
+    return {name: row.accuracy(world, totals_K, train_counts_K) for name, row in rows.items()}
+
+
+def prior_shift(train_counts_K: IntArray, tau: float) -> Tensor:
+    """τ·log(K·π_k), float32 [K], what post-hoc logit adjustment takes from the logits (Menon et al. 2021, eq. 9: z − τ·log π).
+
+    The constant log K changes neither a prediction nor a softmax; under sigmoids it keeps a class of the average size as confident as it
+    was. A class without training images counts as if it had one.
+    """
+    counts_K = np.maximum(train_counts_K, 1).astype(np.float64)
+    return torch.from_numpy(tau * np.log(counts_K * len(counts_K) / counts_K.sum())).float()
+
+
+def classifier_rows(classifier: NormalizedClassifier) -> Tensor:
+    """The classifier's rows [K, D] as they meet the features: at length 1 where it normalises them."""
+    rows_KD = classifier.weight if isinstance(classifier, LinearClassifier) else classifier.normalized_weight()
+    return rows_KD.detach()
+
+
+class _Row:
+    """One way to predict: its right answers by class, and its confidences."""
+
+    def __init__(self, num_classes: int, device: torch.device, confidence: str) -> None:
+        self._correct_K = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self._reliability = ReliabilityBins(device, confidence)
+
+    def add(self, logits_BK: Tensor, labels_B: Tensor) -> None:
+        right_B = (logits_BK.argmax(1) == labels_B).to(torch.int64)
+        self._correct_K.scatter_add_(0, labels_B, right_B)
+        self._reliability.add(logits_BK, right_B)
+
+    def accuracy(self, world: World, totals_K: IntArray, train_counts_K: IntArray) -> Accuracy:
+        self._reliability.sum_over(world)
+        correct_K = world.sum(self._correct_K).cpu().numpy()
+        return accuracy_from_counts(correct_K, totals_K, train_counts_K, self._reliability.result())
+
+
+def _logits(model: nn.Module, images: Tensor, labels_B: Tensor, features: FeatureStatistics | None) -> Tensor:
+    """Float32 logits [B, K]; the features on the way to them are added to `features`."""
+    if features is None:
+        logits_BK: Tensor = model(images)
+        return logits_BK.float()
+    assert isinstance(model, Recogniser), "only a recogniser shows its features"
+    features_BD = model.features(images)
+    with torch.autocast(images.device.type, enabled=False):
+        features.add(features_BD, labels_B)
+    return model.classifier(features_BD).float()  # type: ignore[no-any-return]
