@@ -25,11 +25,16 @@ from bce3s.distributed import (
     leave_world,
 )
 from bce3s.interrupt import StopRequest
+from bce3s.losses import resolve_method
 from bce3s.progress import accuracy_table
+from bce3s.retrain.after_training import retrain_after
+from bce3s.retrain.classifiers import require_classifier_fits
+from bce3s.retrain.record import discard_stage_twos, is_stage_two
+from bce3s.retrain.stage_one import stage_two_folder
 from bce3s.runlog import ENVIRONMENT_FILE, METRICS_FILE, read_json
 from bce3s.seeds import combine, is_finished, seeds_table, summary_of, write_seeds
 from bce3s.train import RunResult, StoppedError, Trainer, require_same_record, saved_loader
-from pipelines.config import require_choice
+from pipelines.config import require, require_choice
 from pipelines.datasets import shot_groups
 from pipelines.format import open_shards
 from pipelines.format.bus_error import explain_bus_errors_of
@@ -48,6 +53,7 @@ class Launch:
         overwrite: start anew where there is one.
         seeds: more than one run of the config, one after the other; empty is the config's own seed.
         arguments: of the command line, to be repeated when a run is stopped.
+        stages: 2 retrains the classifier of every run after its training (`config.retrain`).
     """
 
     shards: Path | str
@@ -56,6 +62,7 @@ class Launch:
     overwrite: bool
     seeds: tuple[int, ...] = ()
     arguments: Sequence[str] = ()
+    stages: int = 1
 
 
 def launch(config: TrainConfig, asked: Launch) -> None:
@@ -67,6 +74,10 @@ def launch(config: TrainConfig, asked: Launch) -> None:
     require_choice("loader", config.data.loader, ("auto", *LOADERS))
     if asked.resume and asked.overwrite:
         raise ConfigError("--resume continues a run and --overwrite starts it anew: give one of them")
+    require(asked.stages in (1, 2), f"--stages takes 1 or 2, not {asked.stages}")
+    if asked.stages == 2:
+        require_classifier_fits(config.retrain.method, resolve_method(config).model.classifier)
+        require(not is_launched(), "--stages 2 is for one process: train on the ranks, then run 'bce3s retrain-classifier RUN' in one")
     world = join_world(config.device) if is_launched() else ALONE
     console = Console(quiet=not world.is_main)
     try:
@@ -110,7 +121,7 @@ class _Launched:
         """All runs, one a seed; mistakes in any of them are found before the first one trains."""
         asked = self.asked
         if not asked.seeds:
-            self._train(self.config, asked.out, self._way(self.config, asked.out))
+            self._train_stages(self.config, asked.out, self._way(self.config, asked.out))
             return
         runs = {seed: (replace(self.config, seed=seed), asked.out / f"s{seed}") for seed in asked.seeds}
         ways = {seed: self._way(config, out) for seed, (config, out) in runs.items()}
@@ -120,15 +131,32 @@ class _Launched:
                     CheckpointFolder(out, config.checkpoint.keep).clear()
                     (out / METRICS_FILE).unlink(missing_ok=True)
         for seed, (config, out) in runs.items():
-            if ways[seed] != "finished":
-                self._train(config, out, ways[seed])
+            self._train_stages(config, out, ways[seed])
         if self.world.is_main:
-            combined = combine({seed: summary_of(out) for seed, (_, out) in runs.items()})
-            write_seeds(asked.out, combined)
-            self.console.print(seeds_table(combined))
+            self._report_seeds({seed: out for seed, (_, out) in runs.items()})
+
+    def _report_seeds(self, runs: dict[int, Path]) -> None:
+        """Mean and standard deviation over finished runs, of each stage."""
+        combined = combine({seed: summary_of(out) for seed, out in runs.items()})
+        tables = [seeds_table(combined)]
+        if self.asked.stages == 2:
+            retrained = combine({seed: summary_of(stage_two_folder(out, self.config.retrain)) for seed, out in runs.items()})
+            tables.append(seeds_table(retrained))
+            tables[-1].title = f"stage two ({self.config.retrain.method}), {tables[-1].title}"
+            combined["stage_two"] = {"method": self.config.retrain.method, **retrained}
+        write_seeds(self.asked.out, combined)
+        for table in tables:
+            self.console.print(table)
+
+    def _train_stages(self, config: TrainConfig, out: Path, way: str) -> None:
+        """What is not done yet of one run."""
+        if way != "finished":
+            self._train(config, out, way)
+        if self.asked.stages == 2:
+            retrain_after(out, config, self.shards, self.console, self.stop, may_be_done=way == "finished")
 
     def _way(self, config: TrainConfig, out: Path) -> str:
-        """What is to be done with a run: "anew", "on" from its checkpoint, or, as one of several seeds, nothing because it is "finished".
+        """What is to be done with a run: "anew", "on" from its checkpoint, or nothing because it is "finished", where more is to follow.
 
         Raises:
             ConfigError: there is a run, and nobody said what to do with it; or it is of another config or other shards.
@@ -139,9 +167,11 @@ class _Launched:
         own = self.world.restart > 0 and has_run and read_json(out / ENVIRONMENT_FILE).get("job") == self.world.job
         if has_run and not (asked.resume or asked.overwrite or own):
             raise ConfigError(f"{out} holds a run already; add --resume to continue it, --overwrite to start anew, or choose another --out")
+        if has_run and is_stage_two(out):
+            raise ConfigError(f"{out} holds a stage two; name the folder of its stage one, or another --out")
         if not has_run or (asked.overwrite and not own):
             return "anew"
-        if asked.seeds and is_finished(out):
+        if (asked.seeds or asked.stages == 2) and is_finished(out):
             require_same_record(out, config, self.shards)
             return "finished"
         return "on"
@@ -152,6 +182,8 @@ class _Launched:
         trainer = Trainer(config, self.shards, out, self.console, self.world, stop=self.stop, continues=way == "on")
         try:
             cursor = trainer.resume() if way == "on" else None
+            if way == "anew" and self.world.is_main:
+                discard_stage_twos(out)  # of a stage one that is no more
             _introduce(self.console, trainer, f"; continuing after {cursor}" if cursor else "", self.world)
             result = trainer.fit()
         finally:
@@ -176,14 +208,9 @@ def _introduce(console: Console, trainer: Trainer, continuing: str, world: World
 
 
 def _print_result(console: Console, trainer: Trainer, result: RunResult) -> None:
-    rows = {"last epoch": result.last, "last epoch, flip TTA": result.last_flip_tta}
-    if result.last_average is not None:
-        rows["last epoch, average of weights"] = result.last_average
-    if result.best is not None:
-        rows[f"best epoch on {result.selection_split} ({result.best_epoch + 1})"] = result.best
     sizes = {name: int(members.sum()) for name, members in shot_groups(trainer.train_counts_K).items()}
     caption = f"{sizes['many']} many-, {sizes['medium']} medium-, {sizes['few']} few-shot classes; {result.last.num_images:,} images"
-    console.print(accuracy_table(f"{result.report_split} split", rows, caption))
+    console.print(accuracy_table(f"{result.report_split} split", result.rows(), caption))
     console.print(f"{result.images_per_s:.0f} source images/s in training, data wait {result.data_wait_share:.0%}", highlight=False)
     console.print(f"run: {trainer.out}   evaluate again: bce3s evaluate {trainer.out}", highlight=False, soft_wrap=True)
 

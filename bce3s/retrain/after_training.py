@@ -1,0 +1,49 @@
+"""Stage two right behind stage one: `fast-train --stages 2`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from bce3s.config import TrainConfig
+from bce3s.interrupt import StopRequest
+from bce3s.retrain.record import is_stage_two, require_room, require_same_retraining, started_from
+from bce3s.retrain.report import print_stage_two
+from bce3s.retrain.stage_one import load_stage_one, stage_two_folder
+from bce3s.retrain.stage_two import StageTwo
+from bce3s.train import Cursor, StoppedError
+from pipelines.format import ShardSet
+
+
+def retrain_after(run: Path, config: TrainConfig, shards: ShardSet, console: Console, stop: StopRequest, *, may_be_done: bool) -> None:
+    """Retrains the classifier of the finished run in folder `run` and prints the result.
+
+    Args:
+        run: of stage one.
+        config: of the run; its `retrain` says how, its `select` which checkpoint.
+        shards: what it was trained on.
+        console: what a person sees.
+        stop: heard between batches; nothing is left behind then.
+        may_be_done: stage one was finished before this command: a stage two that came of these very weights by these settings stands.
+
+    Raises:
+        StoppedError: SIGTERM or SIGINT asked for it.
+        ConfigError: a stage two of these weights is there with other settings, which nobody asked to replace.
+        UserError: what `StageTwo` raises.
+    """
+    folder, checkpoint = stage_two_folder(run, config.retrain), "best" if config.select == "val" else "last"
+    if may_be_done and is_stage_two(folder) and started_from(folder, run, checkpoint):
+        require_same_retraining(folder, config)
+        console.print(f"both stages are finished: {folder}", highlight=False, soft_wrap=True)
+        return
+    require_room(folder, overwrite=True)  # of a stage one that is no more
+    stage_one = load_stage_one(run, checkpoint, shards, config.device)
+
+    def check() -> None:
+        if stop.name is not None:
+            raise StoppedError(stop.name, Cursor(**stage_one.state["cursor"]))
+
+    stage_two = StageTwo(stage_one, config.retrain, console, check)
+    result = stage_two.run(folder)
+    print_stage_two(console, stage_two, result, folder)
