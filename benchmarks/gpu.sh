@@ -8,15 +8,18 @@
 #   loss                   the loss at 10 to 8,142 classes, and its share of the step (after step)
 #   resume                 a deterministic run that is stopped and continued ends with the bits of one that was left alone
 #   profile-dali profile-resident      from disk to gradients; need IMAGES
-#   cifar cifar320         20 epochs eager and compiled; the official recipe to its end, continued by every further call; need CIFAR
+#   cifar                  20 epochs eager and compiled; needs CIFAR
+#   cifar100-reference     the reference recipe on CIFAR100-LT to its end, both stages, seed 0; every call continues it; needs CIFAR
+#   ablation               rows of the paper's ablation by bce3s reproduce, ROWS=a,b (all of them) and SEEDS (0); every call continues; needs CIFAR
 #
 # IMAGES is a folder of photographs (JPEG), CIFAR the folder of cifar-100-python/; OUT defaults to benchmarks/gpu. What comes out is for
 # benchmarks/h200.md, which does not exist yet because no GPU figure has been measured. To try the newer parts without a GPU: DEVICE=cpu,
-# with BATCH, SIDE, DIM, ARCHS, EPOCHS, LIMIT_S and EXTRA (more arguments of fast-train) as small as need be.
+# with BATCH, SIDE, DIM, ARCHS, EPOCHS, LIMIT_S, BUDGET=small (of ablation) and EXTRA (more arguments of fast-train, or of reproduce) as small
+# as need be.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-parts=(tests mix step step-features loss resume profile-dali profile-resident cifar cifar320)
+parts=(tests mix step step-features loss resume profile-dali profile-resident cifar cifar100-reference ablation)
 usage="benchmarks/gpu.sh PART [IMAGES [CIFAR]]; parts: ${parts[*]} all"
 part=${1:-} images=${2:-} cifar=${3:-}
 out=${OUT:-benchmarks/gpu}
@@ -30,7 +33,7 @@ die() { echo "error: $*" >&2; exit 2; }
 case $part in
 tests | mix | step | step-features | loss | resume) ;;
 profile-dali | profile-resident) [[ -d $images ]] || die "IMAGES is not a folder: $usage" ;;
-cifar | cifar320) [[ -d $cifar ]] || die "CIFAR is not a folder: $usage" ;;
+cifar | cifar100-reference | ablation) [[ -d $cifar ]] || die "CIFAR is not a folder: $usage" ;;
 all) [[ -d $images && -d $cifar ]] || die "IMAGES and CIFAR must be folders: $usage" ;;
 *) die "unknown part '$part': $usage" ;;
 esac
@@ -168,33 +171,33 @@ PYTHON
 
 # In as many calls as it takes: the clock stops a call with SIGTERM, which saves the run, and the next one continues it. A way of running
 # that fails by itself gives way to the next one, which begins anew. Evaluated every 20 epochs: the headline is the last epoch's anyway.
-cifar320() {
+cifar100_reference() {
     cifar_shards
     local ends_s=$((SECONDS + ${LIMIT_S:-540})) settings status began_s run
     for settings in "compile=true cuda_graphs=true" "compile=false cuda_graphs=true" "compile=false cuda_graphs=false"; do
-        run=$scratch/cifar320-${settings// /-}
+        run=$scratch/cifar100-reference-${settings// /-}
         [[ -f $run.failed ]] && continue
         ((ends_s - SECONDS > 10)) || break # 0 would mean no limit
         status=0 began_s=$SECONDS
-        timeout --signal TERM --kill-after 30 $((ends_s - SECONDS)) "$python" -m bce3s.cli fast-train --dataset cifar100-lt \
-            --recipe cifar100lt_resnet34_320ep --shards "$scratch/cifar100" --device "$device" --loader resident --precision bf16 \
-            --epochs "${EPOCHS:-320}" --set "${settings% *}" --set "${settings#* }" --set eval_every=20 --out "$run" --resume \
-            "${extra[@]}" 2>&1 | tee -a "$out/cifar320.txt" || status=$?
+        timeout --signal TERM --kill-after 30 $((ends_s - SECONDS)) "$python" -m bce3s.cli fast-train --dataset cifar100-lt --stages 2 --seed 0 \
+            --recipe cifar100lt_resnet34_320ep --shards "$scratch/cifar100" --device "$device" --loader resident \
+            --precision "${PRECISION:-bf16}" --epochs "${EPOCHS:-320}" --set "${settings% *}" --set "${settings#* }" --set eval_every=20 \
+            --out "$run" --resume "${extra[@]}" 2>&1 | tee -a "$out/cifar100-reference.txt" || status=$?
         echo "$settings: $((SECONDS - began_s)) s, exit status $status" | tee -a "$run.calls"
-        cp "$run/metrics.jsonl" "$out/cifar320.jsonl" || true
+        cp "$run/metrics.jsonl" "$out/cifar100-reference.jsonl" || true
         case $status in
-        0) cifar320_result "$run" ;;
-        124) echo "stopped by the clock and saved; call this part again to continue" ;;
+        0) reference_result "$run" ;;
+        124 | 137) echo "stopped by the clock; call this part again to continue" ;; # 137: killed while it ended, from its last save then
         *) touch "$run.failed" && continue ;;
         esac
         return
     done
-    echo "not finished: see $out/cifar320.txt, then call this part again"
+    echo "not finished: see $out/cifar100-reference.txt, then call this part again"
     return 1
 }
 
-cifar320_result() { # run
-    "$python" - "$1" <<'PYTHON' | tee "$out/cifar320-result.txt"
+reference_result() { # run
+    "$python" - "$1" <<'PYTHON' | tee "$out/cifar100-reference-result.txt"
 import sys
 from pathlib import Path
 
@@ -202,13 +205,30 @@ from bce3s.runlog import read_metrics
 
 run = Path(sys.argv[1])
 lines = read_metrics(run)
-epochs, summary = [line for line in lines if line["kind"] == "epoch"], lines[-1]
+epochs = [line for line in lines if line["kind"] == "epoch"]
 calls = Path(f"{run}.calls").read_text().splitlines()
 wall_s = sum(int(call.split(": ")[1].split(" s")[0]) for call in calls)
 print(f"{len(epochs)} epochs, {wall_s} s wall-clock in {len(calls)} calls, {sum(line['train_s'] for line in epochs):.0f} s of them training")
-print(f"last epoch, no TTA: {summary['last_epoch_no_tta']['all']:.2f}")
-print(f"last epoch, flip TTA: {summary['last_epoch_flip_tta']['all']:.2f}")
+for stage, summary in (("stage one", lines[-1]), ("stage two", read_metrics(run / "stage2-bce")[-1])):
+    for name, title in (("last_epoch_no_tta", "no TTA"), ("last_epoch_flip_tta", "flip TTA")):
+        groups = ", ".join(f"{group} {summary[name][group]:.2f}" for group in ("all", "many", "medium", "few") if summary[name][group] is not None)
+        print(f"{stage}, last epoch, {title}: {groups}")
+print("the authors' log: stage one 54.73 without TTA, 55.43 with flip TTA; stage two 57.75 without TTA")
 PYTHON
+}
+
+# The command keeps finished runs and continues the one that the clock stopped; its table is whole after every run.
+ablation() {
+    local status=0 rows=() budget=${BUDGET:-full}
+    [[ -z ${ROWS:-} ]] || rows=(--rows "$ROWS")
+    timeout --signal TERM --kill-after 30 "${LIMIT_S:-540}" "$python" -m bce3s.cli reproduce ablation-cifar100 --source "$cifar" \
+        --out "$scratch/ablation" --budget "$budget" --seeds "${SEEDS:-0}" --device "$device" "${rows[@]}" "${extra[@]}" 2>&1 |
+        tee -a "$out/ablation.txt" || status=$?
+    cp "$scratch"/ablation/*.md "$scratch"/ablation/*.json "$out/" || true
+    case $status in
+    124 | 137) echo "stopped by the clock; call this part again to continue" ;;
+    *) return "$status" ;;
+    esac
 }
 
 measure() { # part
@@ -226,7 +246,8 @@ measure() { # part
     profile-dali) profile dali ;; # sweeps the hardware decoder's share, too, and remembers the best
     profile-resident) profile resident ;;
     cifar) cifar_runs ;;
-    cifar320) cifar320 ;;
+    cifar100-reference) cifar100_reference ;;
+    ablation) ablation ;;
     esac
 }
 
