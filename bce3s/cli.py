@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
+from bce3s.evaluate.command import evaluate_run
+from bce3s.reproduce.command import reproduce
+from bce3s.retrain.command import retrain_classifier
 from bce3s.throughput.command import profile, resolve_config
 from pipelines.datasets import DATASETS
-from pipelines.types import ConfigError, ShardError, UserError
-
-if TYPE_CHECKING:
-    from bce3s.train import Cursor
+from pipelines.types import ConfigError, UserError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train long-tailed image recognisers, fast."
@@ -51,6 +49,7 @@ def fast_train(
     keep: Annotated[int | None, typer.Option(help="Checkpoints that stay.")] = None,
     on_error: Annotated[str | None, typer.Option(help="A sample that does not decode any more: stop, or skip it.")] = None,
     select: Annotated[str | None, typer.Option(help="Whose weights are the result: last, or the best on the val split.")] = None,
+    stages: Annotated[int, typer.Option(help="2 retrains the classifier after training (--set retrain.…).")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out; starts it if there is none.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where --out holds a run.")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: --set optimizer.weight_decay=1e-4.")] = None,
@@ -79,86 +78,15 @@ def fast_train(
         overwrite=overwrite,
         seeds=parse_seeds(seeds) if seeds else (),
         arguments=sys.argv[1:],
+        stages=stages,
     )
     launch(config, asked)
 
 
 app.command("profile")(profile)
-
-
-@app.command("evaluate")
-def evaluate_run(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    shards: Annotated[str | None, typer.Option(help="Shard folder or URL; default what the run was trained on.")] = None,
-    split: Annotated[str, typer.Option(help="val or test.")] = "test",
-    checkpoint: Annotated[str, typer.Option(help="last or best.")] = "last",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    average: Annotated[bool, typer.Option("--average", help="The moving average of the weights, where the run kept one.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, per class too.")] = False,
-) -> None:
-    """Evaluate a trained run, with and without flip test-time augmentation."""
-    import json
-    from contextlib import nullcontext
-    from dataclasses import replace
-
-    import numpy as np
-    import torch
-
-    from bce3s.checkpoint import load_checkpoint, require_same_data
-    from bce3s.device import resolve_device
-    from bce3s.evaluate import evaluate
-    from bce3s.progress import accuracy_table
-    from bce3s.runlog import ENVIRONMENT_FILE, read_json
-    from bce3s.train import BEST_CHECKPOINT, Cursor, average_applied, load_last, load_run
-    from pipelines.config import require_choice
-    from pipelines.format import open_shards
-    from pipelines.format.bus_error import explain_bus_errors_of
-    from pipelines.loaders import MADE_UP_PIXELS, build_loader
-    from pipelines.store import is_remote
-
-    require_choice("split", split, ("val", "test"))
-    require_choice("checkpoint", checkpoint, ("last", "best"))
-    recorded = read_json(run / ENVIRONMENT_FILE)
-    resolve_device(device)  # before a large file is read
-    if checkpoint == "last":
-        loaded = load_last(run)
-        state, path = loaded.state, loaded.path
-        for sentence in loaded.skipped:
-            typer.echo(f"warning: {sentence}; taking the one before", err=True)
-    else:
-        path = run / BEST_CHECKPOINT
-        state = load_checkpoint(path, torch.device("cpu"))
-    location = shards or str(recorded.get("shards", ""))
-    if shards is None and not is_remote(location) and not Path(location).is_dir():
-        raise ShardError(f"the shards of {run} are not at {location} any more; name where they are with --shards")
-    opened = open_shards(location)
-    require_same_data(state, path, opened.dataset, opened.fingerprint, opened.root)
-    config, placement, model = load_run(state, device)
-    # What a run was trained from a folder with cannot stream, or has no pixels of the images; "auto" finds what does.
-    other = not isinstance(opened.root, Path) or config.data.loader in MADE_UP_PIXELS
-    data_config = replace(config.data, loader="auto") if other else config.data
-    explain_bus_errors_of(opened.root)
-    data = build_loader(opened, split, data_config, seed=config.seed, device=placement.device)
-    console = Console(stderr=json_output)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"evaluating {split}", total=data.num_steps)
-        counts_K, augment = np.array(state["train_counts"]), config.data.augment
-        with average_applied(state, model, config, path) if average else nullcontext():
-            figures = evaluate(model, data, counts_K, augment, placement, flip_tta=True, on_step=lambda: progress.advance(task))
-    data.close()
-    name = _measured(checkpoint, Cursor(**state["cursor"])) + (", average of weights" if average else "")
-    rows = {name: figures["plain"], f"{name}, flip TTA": figures["flip_tta"]}
-    if json_output:
-        typer.echo(json.dumps({name: accuracy.to_dict() for name, accuracy in rows.items()}, indent=1))
-    else:
-        console.print(accuracy_table(f"{run}, {split} split", rows, f"{figures['plain'].num_images:,} images"))
-
-
-def _measured(checkpoint: str, cursor: Cursor) -> str:
-    """'last epoch (3)', 'best epoch (2)', or of a run that is not at an epoch's end 'last checkpoint (step 12 of epoch 4)'."""
-    if checkpoint == "best":
-        return f"best epoch ({cursor.best_epoch + 1})"
-    return f"last checkpoint ({cursor})" if cursor.step else f"last epoch ({cursor.epoch})"
+app.command("reproduce")(reproduce)
+app.command("evaluate")(evaluate_run)
+app.command("retrain-classifier")(retrain_classifier)
 
 
 def run_app(application: typer.Typer) -> None:

@@ -42,7 +42,7 @@ def profile_record(workload: Workload, budget: Budget, findings: Findings) -> di
         "version": PROFILE_VERSION,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "commit": _commit(),
+        "commit": checkout_commit(),
         "hardware": hardware(workload.device),
         "environment": {**environment(workload.device), "bce3s": __version__},
         "data": {
@@ -96,7 +96,7 @@ def _driver() -> str:
     return (_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).splitlines() or ["unknown"])[0]
 
 
-def _commit() -> str | None:
+def checkout_commit() -> str | None:
     """The commit of the checkout this code runs from, with "+changes" where it was edited; None outside of one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():

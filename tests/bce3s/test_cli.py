@@ -59,6 +59,21 @@ def test_the_moving_average_is_evaluated_on_request(trained: tuple[Path, Path], 
     assert found_all == lines[-1]["last_epoch_average_no_tta"]["all"]
 
 
+def test_features_and_adjusted_logits_stand_beside_the_plain_row(trained: tuple[Path, Path]) -> None:
+    folder, _ = trained
+    figures = json.loads(run("evaluate", "runs/one", "--features", "--adjust-logits", "0.5", "--json", cwd=folder).stdout)
+    lines = [json.loads(line) for line in (folder / "runs" / "one" / "metrics.jsonl").read_text().splitlines()]
+    name = "last epoch (1)"
+    assert list(figures) == [name, f"{name}, adjusted τ=0.5", f"{name}, flip TTA", f"{name}, flip TTA, adjusted τ=0.5", "features"]
+    assert {name: figures["features"][name] for name in lines[-1]["last_epoch_features"]} == lines[-1]["last_epoch_features"]
+    assert len(figures["features"]["compactness_K"]) == 4
+    # The training images, as they are evaluated: all of them, and every class with a mean.
+    found = run("evaluate", "runs/one", "--features", "--split", "train", "--checkpoint", "best", cwd=folder)
+    assert found.returncode == 0, found.stderr
+    for expected in ("best epoch on val (1)", "74 images, without augmentation", "sigmoid", "compactness", "NC1", "n/a"):
+        assert expected in found.stdout, found.stdout
+
+
 def test_evaluate_passes_over_a_damaged_checkpoint_and_says_so(trained: tuple[Path, Path]) -> None:
     folder, _ = trained
     damaged = folder / "runs" / "one" / "checkpoints" / "step-99999999.safetensors"
@@ -135,7 +150,8 @@ def test_resume_of_a_checkpoint_of_another_dataset_is_one_sentence(trained: tupl
     [
         (["absent"], "absent is not a run folder"),
         (["runs/one", "--shards", "absent"], "no shards at absent"),
-        (["runs/one", "--split", "train"], "unknown split 'train'; known: val, test"),
+        (["runs/one", "--split", "all"], "unknown split 'all'; known: train, val, test"),
+        (["runs/one", "--adjust-logits", "-1"], "--adjust-logits takes a τ from 0 on, such as 1, not -1.0"),
         (["runs/one", "--checkpoint", "first"], "unknown checkpoint 'first'; known: last, best"),
     ],
 )
