@@ -64,7 +64,7 @@ class TrainStep:
         self._draw_key = torch.zeros((), dtype=torch.int64, device=placement.device)
         self._progress = torch.zeros((), device=placement.device)
         self._phase: Phase | None = None
-        self._phase_of = loss.phase
+        self._phase_of, self._takes_pairs = loss.phase, loss.views == "pair"
         self._wrapped: DistributedDataParallel | None = None
         self._graphs = GraphedStep(self.apply, placement.device) if config.cuda_graphs and placement.device.type == "cuda" else None
 
@@ -132,7 +132,7 @@ class TrainStep:
     def views(self, batch: Batch) -> Tensor:
         """The normalised views [V, 3, H, W] of a training batch, 3B or, of a method that takes pairs, 2B, as the run's precision wants."""
         assert batch.mix is not None, "a training batch carries its mix"
-        if self.loss.views == "pair":
+        if self._takes_pairs:
             views = normalise(batch.images_SHWC, self._mean, self._std, self.placement.dtype)
         else:
             views = mix_views(batch.images_SHWC, batch.mix, self._mean, self._std, self.placement.dtype)
