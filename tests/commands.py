@@ -23,6 +23,7 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     [
         *("bce3s.cli", "bce3s.launch", "bce3s.losses.bce3s", "bce3s.throughput.profile", "pipelines.loaders.resident"),
+        *("bce3s.retrain.stage_two", "bce3s.evaluate.split", "bce3s.reproduce.session"),
         *("pipelines.conversion", "pipelines.datasets.folder", "rich.progress"),
         *("torch._inductor", "pipelines.loaders.resident_fill"),  # the optimizers import the one, the resident loader DALI
     ]

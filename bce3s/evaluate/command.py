@@ -7,7 +7,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -49,8 +49,11 @@ def evaluate_run(
     state, path = _load(run, checkpoint)
     opened = _open_shards(run, shards, str(recorded.get("shards", "")), state, path)
     console = Console(stderr=json_output)
-    name = _measured(checkpoint, state, opened) + (", average of weights" if average else "")
-    figures, geometry = _measure(opened, split, state, path, device, console, average=average, features=features, tau=tau)
+    retrained_with = _retrained_with(recorded, state)
+    name = f"stage two ({retrained_with}), " if retrained_with else ""
+    name += _measured(checkpoint, state, opened) + (", average of weights" if average else "")
+    measuring = _Measuring(split, average, features, tau, retrained_with)
+    figures, geometry = _measure(opened, measuring, state, path, device, console)
     adjusted = f"adjusted τ={tau:g}"
     labels = {"plain": name, "plain_adjusted": f"{name}, {adjusted}"}
     labels |= {"flip_tta": f"{name}, flip TTA", "flip_tta_adjusted": f"{name}, flip TTA, {adjusted}"}
@@ -97,17 +100,23 @@ def _open_shards(run: Path, shards: str | None, recorded: str, state: dict[str, 
     return opened
 
 
+class _Measuring(NamedTuple):
+    """What is to be measured."""
+
+    split: str
+    average: bool
+    features: bool
+    tau: float
+    retrained_with: str
+
+
+def _retrained_with(recorded: dict[str, Any], state: dict[str, Any]) -> str:
+    """The method of a stage two; empty for a stage one."""
+    return str(json.loads(state["config"])["retrain"]["method"]) if recorded.get("stage") == 2 else ""
+
+
 def _measure(
-    shards: ShardSet,
-    split: str,
-    state: dict[str, Any],
-    path: Path,
-    device: str,
-    console: Console,
-    *,
-    average: bool,
-    features: bool,
-    tau: float,
+    shards: ShardSet, asked: _Measuring, state: dict[str, Any], path: Path, device: str, console: Console
 ) -> tuple[dict[str, Accuracy], FeatureGeometry | None]:
     """One pass over the split, under a bar."""
     import numpy as np
@@ -117,18 +126,18 @@ def _measure(
     from bce3s.train import average_applied, load_run
 
     config, placement, model = load_run(state, device)
-    data = _loader(shards, split, config, placement.device)
-    statistics = FeatureStatistics(len(state["class_names"]), model.backbone.feature_dim, placement.device) if features else None
+    data = _loader(shards, asked.split, config, placement.device)
+    statistics = FeatureStatistics(len(state["class_names"]), model.backbone.feature_dim, placement.device) if asked.features else None
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"evaluating {split}", total=data.num_steps)
+        task = progress.add_task(f"evaluating {asked.split}", total=data.num_steps)
         counts_K, augment = np.array(state["train_counts"]), config.data.augment
-        with average_applied(state, model, config, path) if average else nullcontext():
+        with average_applied(state, model, config, path) if asked.average else nullcontext():
             figures = evaluate(
                 *(model, data, counts_K, augment, placement),
                 flip_tta=True,
                 on_step=lambda: progress.advance(task),
-                confidence=confidence_kind(config.loss),
-                adjust_logits=tau,
+                confidence=confidence_kind(config.loss, asked.retrained_with),
+                adjust_logits=asked.tau,
                 features=statistics,
             )
             geometry = statistics.geometry(classifier_rows(model.classifier), counts_K) if statistics else None

@@ -36,12 +36,18 @@ class Calibration:
     bin_confidence: tuple[float | None, ...]
 
 
-def confidence_kind(loss: LossConfig) -> str:
+def confidence_kind(loss: LossConfig, retrained_with: str = "") -> str:
     """What a method's confidence is: "sigmoid" where its classifier is trained by K binary decisions, else "softmax".
 
     Guo et al. define confidence for a softmax alone. A method trained by BCE never normalises over classes, so a softmax of its logits
     is nothing it was trained to predict: what it says of its prediction is σ(z) of that class.
+
+    Args:
+        loss: of stage one.
+        retrained_with: the method of stage two that trained the classifier anew; empty is none.
     """
+    if retrained_with in ("bce", "crt", "lws"):
+        return "sigmoid" if retrained_with == "bce" else "softmax"
     return "sigmoid" if loss.name in _SIGMOID_METHODS or (loss.name == "tsl" and loss.joint == "bce") else "softmax"
 
 

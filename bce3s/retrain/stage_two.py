@@ -165,7 +165,7 @@ class StageTwo:
                 *(self._model, loader, self._train_counts_K, config.data.augment, self._placement),
                 flip_tta=flip_tta,
                 on_step=advance,
-                confidence=confidence_kind(config.loss),
+                confidence=confidence_kind(config.loss, self._retrain.method),
                 features=features,
             )
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bce3s.config import LossConfig
+from bce3s.config import RETRAIN_METHODS, LossConfig
 from bce3s.losses import LOSSES
 from bce3s.metrics import Calibration, ReliabilityBins, confidence_kind
 
@@ -92,3 +92,6 @@ def test_every_method_says_what_its_confidence_is() -> None:
     assert kinds["ce"] == "softmax"
     assert confidence_kind(LossConfig(name="tsl", joint="bce")) == "sigmoid"
     assert confidence_kind(LossConfig(name="tsl", joint="ce")) == "softmax"
+    # A classifier that stage two trained anew is judged by what trained it last.
+    of_stage_two = {method: confidence_kind(LossConfig(name="bce3s"), method) for method in RETRAIN_METHODS}
+    assert of_stage_two == {"bce": "sigmoid", "crt": "softmax", "lws": "softmax", "tau-norm": "sigmoid"}
