@@ -7,6 +7,7 @@ from typing import Any
 from bce3s.reproduce.statistics import Interval, paired_interval, welch_interval
 
 CONFIDENCE = 0.95
+_NO_SPREAD = 1e-9  # points: equal differences come out of floating point as not quite equal
 
 
 def judge(better: dict[int, float], worse: dict[int, float]) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def judge(better: dict[int, float], worse: dict[int, float]) -> dict[str, Any]:
         known = better and worse
         difference = sum(better.values()) / len(better) - sum(worse.values()) / len(worse) if known else None
         return {"method": method, "n": n, "difference": difference, "interval": None, "verdict": "not decided"}
-    decided = interval.spread > 0 and (interval.low > 0 or interval.high < 0)
+    decided = interval.spread > _NO_SPREAD and (interval.low > 0 or interval.high < 0)
     verdict = "not decided" if not decided else "holds" if interval.low > 0 else "against"
     return {"method": method, "n": n, "difference": interval.difference, "interval": [interval.low, interval.high], "verdict": verdict}
 

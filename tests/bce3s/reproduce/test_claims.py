@@ -22,6 +22,7 @@ def by_seed(*values: float) -> dict[int, float]:
         (by_seed(50.0), by_seed(10.0), "not decided"),  # n = 1 decides nothing, however far apart
         ({}, by_seed(10.0, 11.0), "not decided"),
         (by_seed(50.0, 50.0), by_seed(40.0, 40.0), "not decided"),  # no spread at all is no estimate of one
+        (by_seed(27.85, 27.9), by_seed(29.0, 29.05), "not decided"),  # nor is one that floating point made
     ],
 )
 def test_verdicts(better: dict[int, float], worse: dict[int, float], verdict: str) -> None:
