@@ -1,4 +1,7 @@
-"""The command line: `bce3s fast-train`, `evaluate` and `profile`. Torch is imported only once a command runs, so `--help` is instant."""
+"""The command line: fast-train, retrain-classifier, evaluate, reproduce and profile.
+
+Torch is imported only once a command runs, so `--help` is instant.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def fast_train(
     arch: Annotated[str | None, typer.Option(help="Backbone, such as resnet32-cifar or resnet50.")] = None,
     loader: Annotated[str | None, typer.Option(help="auto, resident, dali, ffcv, webdataset, cached or synthetic.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the whole schedule.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Source images a step; three views each.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Source images a step; three views each (of bcl two).")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
@@ -70,7 +73,7 @@ def fast_train(
         return
     if seeds and seed is not None:
         raise ConfigError("--seeds names the seeds of all runs, so --seed says nothing beside it: give one of them")
-    name = f"{dataset}-{config.loss.name}-{config.model.arch}"
+    name = f"{dataset}-{config.loss.title}-{config.model.arch}"
     asked = Launch(
         shards=shards or Path("shards") / dataset,
         out=out or Path("runs") / (name if seeds else f"{name}-s{config.seed}"),

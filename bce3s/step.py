@@ -1,4 +1,4 @@
-"""One training step: three views from one batch, features, loss, backward, update, memory. Nothing is read back from the device.
+"""One training step: the views of one batch, features, loss, backward, update, memory. Nothing is read back from the device.
 
 schedule ─→ [ views ─→ features, loss ─→ backward ] for each micro-batch ─→ update ─→ feature memory ─→ weight average
 """

@@ -181,7 +181,7 @@ cifar100_reference() {
         status=0 began_s=$SECONDS
         timeout --signal TERM --kill-after 30 $((ends_s - SECONDS)) "$python" -m bce3s.cli fast-train --dataset cifar100-lt --stages 2 --seed 0 \
             --recipe cifar100lt_resnet34_320ep --shards "$scratch/cifar100" --device "$device" --loader resident \
-            --precision "${PRECISION:-bf16}" --epochs "${EPOCHS:-320}" --set "${settings% *}" --set "${settings#* }" --set eval_every=20 \
+            --precision "${PRECISION:-fp32}" --epochs "${EPOCHS:-320}" --set "${settings% *}" --set "${settings#* }" --set eval_every=20 \
             --out "$run" --resume "${extra[@]}" 2>&1 | tee -a "$out/cifar100-reference.txt" || status=$?
         echo "$settings: $((SECONDS - began_s)) s, exit status $status" | tee -a "$run.calls"
         cp "$run/metrics.jsonl" "$out/cifar100-reference.jsonl" || true

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipelines.types import ConfigError
 
 SAMPLINGS: tuple[str, ...] = ("power", "instance", "square-root", "class-balanced", "effective-number", "progressive")
-PARTNERS: tuple[str, ...] = ("drawn", "same")
+PARTNERS: tuple[str, ...] = ("auto", "drawn", "same")
 DRAWS: tuple[str, ...] = ("independent", "systematic")
 CROPS: tuple[str, ...] = ("none", "pad", "resized")
 POLICIES: tuple[str, ...] = ("none", "autoaugment-cifar10", "randaugment")
@@ -40,7 +40,8 @@ class OrderConfig:
         effective_number_beta: β of "effective-number" (Cui et al. 2019, eq. 3).
         progressive_epochs: epochs over which "progressive" moves from instance to class-balanced (Kang et al. 2020, eq. 3).
         drop_last: leave out the last, smaller batch of an epoch (static shapes).
-        partner: the partner stream is "drawn", or holds the "same" samples as the instance stream at the same places, augmented anew.
+        partner: the partner stream is "drawn", or holds the "same" samples as the instance stream at the same places, augmented anew;
+            "auto" is what the method trains on, and drawn where nobody says.
     """
 
     sampling: str = "power"
@@ -49,7 +50,7 @@ class OrderConfig:
     effective_number_beta: float = 0.999
     progressive_epochs: int = 100
     drop_last: bool = False
-    partner: str = "drawn"
+    partner: str = "auto"
 
     def __post_init__(self) -> None:
         require_choice("sampling", self.sampling, SAMPLINGS)

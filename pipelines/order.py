@@ -7,7 +7,8 @@ those, so any world size sees the same global batches and the cursor of a run is
     rank of 2  0…0 1…1       0…0 1…1                     last batch: smaller, or dropped
 
 The instance stream holds each sample once an epoch. The partner stream is as long and draws sample i with probability
-q(class of i)/n_class, q from `class_probabilities` (method.md, "One step"; the reference's WeightedRandomSampler).
+q(class of i)/n_class, q from `class_probabilities` (method.md, "One step"; the reference's WeightedRandomSampler), or it holds the same
+samples at the same places (`partner` "same").
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class LossConfig:
         drw_start: share of the epochs after which "ldam-drw" reweights.
         glmc_label_exponent: of "glmc": classes weigh n_k^(−this) in its reweighted term.
         glmc_consistency_weight: of "glmc"'s consistency of the two mixed views [γ].
-        bcl_contrastive_weight, bcl_temperature: of "bcl"'s balanced contrastive term [μ, τ].
+        bcl_contrastive_weight, bcl_temperature: of "bcl"'s balanced contrastive term [μ, τ], as its authors' script has them.
     """
 
     name: str = "bce3s"
@@ -55,7 +55,12 @@ class LossConfig:
     glmc_label_exponent: float = 1.2
     glmc_consistency_weight: float = 4.0
     bcl_contrastive_weight: float = 0.35
-    bcl_temperature: float = 0.1
+    bcl_temperature: float = 0.07
+
+    @property
+    def title(self) -> str:
+        """The method, of "tsl" with its terms: tsl-bce-ce-off."""
+        return f"tsl-{self.joint}-{self.contrastive}-{self.uniform}" if self.name == "tsl" else self.name
 
     def __post_init__(self) -> None:
         for name in ("joint", "contrastive", "uniform"):

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
 
 from torch import Tensor
 
 from bce3s.config import LossConfig, TrainConfig
-from bce3s.losses.seam import Heads, Loss, LossInputs, LossOutput, MixedTargets, OnMixedViews, Phase, Share
-from pipelines.config import require_choice
+from bce3s.losses.seam import Heads, Loss, LossDefaults, LossInputs, LossOutput, MixedTargets, Phase, Share
+from pipelines.config import require, require_choice
 
 LOSSES: dict[str, str] = {
     "bce3s": "bce3s.losses.bce3s:BCE3SLoss",
@@ -35,10 +34,10 @@ __all__ = [
     "LOSSES",
     "Heads",
     "Loss",
+    "LossDefaults",
     "LossInputs",
     "LossOutput",
     "MixedTargets",
-    "OnMixedViews",
     "Phase",
     "Share",
     "build_loss",
@@ -47,7 +46,7 @@ __all__ = [
 ]
 
 
-def loss_class(name: str) -> Any:
+def loss_class(name: str) -> type[Loss]:
     """The class of a method: its static facts are asked for before there is a network to train.
 
     Raises:
@@ -55,7 +54,8 @@ def loss_class(name: str) -> Any:
     """
     require_choice("method", name, tuple(LOSSES))
     module_name, class_name = LOSSES[name].split(":")
-    return getattr(import_module(module_name), class_name)
+    method: type[Loss] = getattr(import_module(module_name), class_name)
+    return method
 
 
 def build_loss(config: LossConfig, class_counts_K: Tensor) -> Loss:
@@ -68,22 +68,28 @@ def build_loss(config: LossConfig, class_counts_K: Tensor) -> Loss:
     Raises:
         ConfigError: unknown name; lists the known ones.
     """
-    loss: Loss = loss_class(config.name)(config, class_counts_K)
-    return loss
+    return loss_class(config.name)(config, class_counts_K)
 
 
 def resolve_method(config: TrainConfig) -> TrainConfig:
     """`config` with what its method decides filled in: the kind of classifier, and what the partner stream holds.
 
     Raises:
-        ConfigError: unknown method; lists the known ones.
+        ConfigError: unknown method (lists the known ones), or settings that are not the method's.
     """
-    method = loss_class(config.loss.name)
-    if config.model.classifier == "auto":
-        # A cosine classifier has no biases: a recipe's prior is then nothing to set, where a user's own choice of both is refused.
-        bias_prior = config.model.bias_prior and method.classifier != "cosine"
-        config = replace(config, model=replace(config.model, classifier=method.classifier, bias_prior=bias_prior))
-    if method.views == "pair" and config.data.order.partner != "same":
-        order = replace(config.data.order, partner="same")
-        config = replace(config, data=replace(config.data, order=order))
-    return config
+    name, loss, model, order = config.loss.name, config.loss, config.model, config.data.order
+    method = loss_class(name)
+    of_a_grid = (loss.joint, loss.contrastive, loss.uniform) != ("bce", "bce", "bce")
+    require(
+        name == "tsl" or not of_a_grid, f"joint, contrastive and uniform choose the terms of method tsl, not of {name}: add --method tsl"
+    )
+    if model.classifier == "auto":
+        # A cosine classifier has no biases, so a recipe's prior is nothing to set.
+        model = replace(model, classifier=method.classifier, bias_prior=model.bias_prior and method.classifier != "cosine")
+    fits = model.classifier == method.classifier or not method.needs_its_classifier
+    require(fits, f"method {name} is defined on a {method.classifier} classifier: leave model.classifier={model.classifier} out")
+    if order.partner == "auto":
+        order = replace(order, partner="same" if method.views == "pair" else "drawn")
+    pairs = method.views != "pair" or order.partner == "same"
+    require(pairs, f"method {name} trains on two augmentations of each image: leave data.order.partner={order.partner} out")
+    return replace(config, model=model, data=replace(config.data, order=order))

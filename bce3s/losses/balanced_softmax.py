@@ -6,11 +6,11 @@ from torch import Tensor
 
 from bce3s.config import LossConfig
 from bce3s.losses.ce import mixed_ce
-from bce3s.losses.seam import LossInputs, LossOutput, OnMixedViews
+from bce3s.losses.seam import LossDefaults, LossInputs, LossOutput
 from bce3s.losses.terms import image_counts, three_views, widened
 
 
-class BalancedSoftmaxLoss(OnMixedViews):
+class BalancedSoftmaxLoss(LossDefaults):
     """Mean over the three views of −log( n_y·exp(z_y) / Σ_k n_k·exp(z_k) ) (eq. 3 and 4): cross-entropy of z_k + log n_k.
 
     Training only: the prediction is the arg max of z. A class without training images counts as one of a single image.

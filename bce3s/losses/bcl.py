@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bce3s.config import LossConfig
-from bce3s.losses.seam import LossInputs, LossOutput, OnMixedViews
+from bce3s.losses.seam import LossDefaults, LossInputs, LossOutput
 from bce3s.losses.terms import image_counts, widened
 
 
@@ -63,7 +63,7 @@ class _MLP(nn.Module):
         return projections_VP
 
 
-class BCLLoss(OnMixedViews):
+class BCLLoss(LossDefaults):
     """L = L_CE + bcl_contrastive_weight·L_BCL: each a mean over the 2B views; the batch's mixing is not used."""
 
     views: ClassVar[str] = "pair"

@@ -6,11 +6,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from bce3s.config import LossConfig
-from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets, OnMixedViews
+from bce3s.losses.seam import LossDefaults, LossInputs, LossOutput, MixedTargets
 from bce3s.losses.terms import mixed_over_labels, three_views, widened
 
 
-class CELoss(OnMixedViews):
+class CELoss(LossDefaults):
     """Mean of the cross-entropies of the source view and, with soft targets, of the mixed views."""
 
     def __init__(self, config: LossConfig, class_counts_K: Tensor) -> None:

@@ -6,11 +6,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from bce3s.config import LossConfig
-from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets, OnMixedViews
+from bce3s.losses.seam import LossDefaults, LossInputs, LossOutput, MixedTargets
 from bce3s.losses.terms import mixed_over_labels, three_views, widened
 
 
-class FocalLoss(OnMixedViews):
+class FocalLoss(LossDefaults):
     """Mean over the three views of the focal loss with γ = `focal_gamma`; γ = 0 is one-hot BCE over all classes."""
 
     def __init__(self, config: LossConfig, class_counts_K: Tensor) -> None:

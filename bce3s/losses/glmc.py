@@ -4,7 +4,6 @@ Source: Du et al., CVPR 2023, "Global and Local Mixture Consistency Cumulative L
 paper is silent, the authors' code (ynu-yangpeng/GLMC, `Trainer.py` and `model/`). What differs from that code:
 
 - One augmentation of each image, which both mixed views share; there each view has one of its own.
-- Terms are means over the two views, there sums: twice the learning rate and half the weight decay make up for it.
 - Batch-norm sees the three views of this loop together; there it sees each mixed view alone. The source view has no term.
 - The layers start as torch's own; there, on CIFAR, from a normal distribution (He et al. 2015).
 """
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from bce3s.config import LossConfig
 from bce3s.losses.ce import mixed_ce
-from bce3s.losses.seam import LossInputs, LossOutput, OnMixedViews
+from bce3s.losses.seam import LossDefaults, LossInputs, LossOutput
 from bce3s.losses.terms import mixed_views, widened
 
 
@@ -50,8 +49,8 @@ class GLMCHead(nn.Module):
         return HeadOutput(self.classifier(features_VD), projections_VP, self.predictor(projections_VP))
 
 
-class GLMCLoss(OnMixedViews):
-    """L = α·L_plain + (1 − α)·L_reweighted + glmc_consistency_weight·L_consistency, α = 1 − (epoch / epochs)².
+class GLMCLoss(LossDefaults):
+    """L = α·L_plain + (1 − α)·L_reweighted + glmc_consistency_weight·L_consistency, α = 1 − (epoch / epochs)², added up over both views.
 
     L_plain trains a classifier of the method's own, L_reweighted that of the model, which predicts; both train the backbone. In the first
     epoch α is 1, so the model's classifier predicts nothing yet; a run of one epoch never gets further.
@@ -86,7 +85,8 @@ class GLMCLoss(OnMixedViews):
         consistency = negative_cosine(head.predictions_VP, head.projections_VP.roll(batch_size, 0))
         # A tensor: a captured step replays with what it holds then.
         alpha = 1 - inputs.progress.square()
-        total = alpha * plain + (1 - alpha) * reweighted + self.consistency_weight * consistency
+        # Means over both views so far, as they are logged; the authors add the views up, and their rate and weight decay belong to that.
+        total = 2 * (alpha * plain + (1 - alpha) * reweighted + self.consistency_weight * consistency)
         terms = {"joint": plain.detach(), "reweighted": reweighted.detach(), "consistency": consistency.detach()}
         return LossOutput(total, terms)
 

@@ -9,11 +9,11 @@ from torch.nn import functional
 
 from bce3s.config import LossConfig
 from bce3s.losses.class_balanced import effective_number_weights
-from bce3s.losses.seam import LossInputs, LossOutput, MixedTargets, OnMixedViews, Phase
+from bce3s.losses.seam import LossDefaults, LossInputs, LossOutput, MixedTargets, Phase
 from bce3s.losses.terms import image_counts, mixed_over_labels, three_views, widened
 
 
-class LDAMLoss(OnMixedViews):
+class LDAMLoss(LossDefaults):
     """Mean over the three views of the cross-entropy of scaled cosines whose true class is held Δ_y lower (section 3.2); then reweighted.
 
     From the share `drw_start` of the epochs on, images weigh by their label's effective number (section 3.3). The authors divide by the
@@ -22,6 +22,7 @@ class LDAMLoss(OnMixedViews):
     """
 
     classifier: ClassVar[str] = "cosine"
+    needs_its_classifier: ClassVar[bool] = True  # margins are parts of a cosine
 
     def __init__(self, config: LossConfig, class_counts_K: Tensor) -> None:
         """Computes margins and weights once; a class without training images counts as one of a single image."""

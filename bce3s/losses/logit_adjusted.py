@@ -6,11 +6,11 @@ from torch import Tensor
 
 from bce3s.config import LossConfig
 from bce3s.losses.ce import mixed_ce
-from bce3s.losses.seam import LossInputs, LossOutput, OnMixedViews
+from bce3s.losses.seam import LossDefaults, LossInputs, LossOutput
 from bce3s.losses.terms import image_counts, three_views, widened
 
 
-class LogitAdjustedLoss(OnMixedViews):
+class LogitAdjustedLoss(LossDefaults):
     """Mean over the three views of the cross-entropy of z_k + τ·log π_k, π_k = n_k/N and τ = `logit_adjustment` (eq. 10).
 
     Training only: the prediction is the arg max of z. At τ = 0 it is "ce", at 1 "balanced-softmax". A class without training images

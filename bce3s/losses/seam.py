@@ -99,7 +99,7 @@ class Heads(Protocol):
 
     @property
     def classifier(self) -> Classifier:
-        """Normalised classifier."""
+        """Of the kind that `model.classifier` says."""
         ...
 
     @property
@@ -149,11 +149,12 @@ class LossInputs:
     share: Share = Share()
 
 
-class OnMixedViews:
+class LossDefaults:
     """What most methods have in common: the three views, the normalised classifier, no layers of their own, one phase, no known floor."""
 
     views: ClassVar[str] = "mixed"
     classifier: ClassVar[str] = "normalized"
+    needs_its_classifier: ClassVar[bool] = False
 
     @staticmethod
     def build_head(config: LossConfig, feature_dim: int, num_classes: int) -> nn.Module | None:
@@ -178,10 +179,16 @@ class Loss(Protocol):
     Attributes:
         views: "mixed" trains on source, mixup and cutmix; "pair" on two augmentations of each image.
         classifier: what `model.classifier=auto` is for this method.
+        needs_its_classifier: it computes something else on any other kind.
     """
 
     views: ClassVar[str]
     classifier: ClassVar[str]
+    needs_its_classifier: ClassVar[bool]
+
+    def __init__(self, config: LossConfig, class_counts_K: Tensor) -> None:
+        """Of `config`, for classes with these numbers of training images, int64 [K], on the device of the run."""
+        ...
 
     @staticmethod
     def build_head(config: LossConfig, feature_dim: int, num_classes: int) -> nn.Module | None:

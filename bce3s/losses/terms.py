@@ -128,7 +128,7 @@ def uniform_bce(normalized_weight_KD: Tensor) -> Tensor:
 
 
 def contrastive_ce_rows(logits_BK: Tensor, targets: MixedTargets, filled_K: Tensor) -> Tensor:
-    """−Σ_k t_k·log softmax(s)_k of each row, the softmax over the classes of `filled_K` only (Fan et al. 2026, the ablation's CE).
+    """−Σ_k t_k·log softmax(s)_k of each row, the softmax over `filled_K` only; the ablation's CE (Fan et al. 2026), as we read it.
 
     Args:
         logits_BK: s = cos(P(x), M)/τ, [B, K].
@@ -149,7 +149,7 @@ def contrastive_ce_rows(logits_BK: Tensor, targets: MixedTargets, filled_K: Tens
 
 
 def uniform_ce(normalized_weight_KD: Tensor, share: Share | None = None, drawn_R: Tensor | None = None) -> Tensor:
-    """(1/K) Σ_k −log( exp(w_k·w_k) / Σ_j exp(w_k·w_j) ) of normalised rows (Fan et al. 2026, the ablation's CE), over all j in any case.
+    """(1/K) Σ_k −log( exp(w_k·w_k) / Σ_j exp(w_k·w_j) ) of normalised rows, over all j; the ablation's CE (Fan et al. 2026), as we read it.
 
     Args:
         normalized_weight_KD: [K, D] of length 1. Products are taken in autocast's dtype where it is on; sums in float32.

@@ -15,12 +15,12 @@ from bce3s.config import LossConfig
 from bce3s.losses.ce import mixed_ce
 from bce3s.losses.class_subset import draw_class_subset, draw_classes
 from bce3s.losses.fused_bce import fused_bce
-from bce3s.losses.seam import LossInputs, LossOutput, OnMixedViews, Phase
+from bce3s.losses.seam import LossDefaults, LossInputs, LossOutput, Phase
 from bce3s.losses.terms import contrastive_ce_rows, contrastive_logits, image_counts, mixed_views, three_views, uniform_ce
 from bce3s.losses.uniform import uniform_term
 
 
-class TSLLoss(OnMixedViews):
+class TSLLoss(LossDefaults):
     """L = L_sc + contrastive_weight·L_ss + uniform_weight·L_cc of the kinds that `LossConfig.joint`, `contrastive` and `uniform` say.
 
     The contrastive term reads the memory of the step before; the step then writes the source view's projections into it. During

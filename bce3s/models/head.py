@@ -58,8 +58,10 @@ class CosineClassifier(NormalizedClassifier):
         self.scale = scale
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """Features [B, D] to logits [B, K]; under autocast they come in its dtype."""
-        return F.linear(F.normalize(features_BD, dim=1, eps=NORM_EPS), self.scale * self.normalized_weight())
+        """Features [B, D] to logits [B, K], float32 or float64, under autocast too: the scale multiplies what half precision loses."""
+        wide_BD = features_BD if features_BD.dtype == torch.float64 else features_BD.float()
+        with torch.autocast(features_BD.device.type, enabled=False):
+            return F.linear(F.normalize(wide_BD, dim=1, eps=NORM_EPS), self.scale * self.normalized_weight())
 
 
 def build_classifier(

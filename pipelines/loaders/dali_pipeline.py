@@ -90,7 +90,7 @@ class ScheduledPipeline(Generic[ItemT, ResultT]):
             for _ in range(count):
                 self._pipeline.share_outputs()
                 self._pipeline.release_outputs()
-        except RuntimeError:
+        except (RuntimeError, StopIteration):  # the latter where an interrupt fell between the two calls of an iteration
             self._pipeline = None
 
     def _primed(self) -> Any:

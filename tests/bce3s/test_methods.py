@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bce3s.checkpoint import load_checkpoint
-from bce3s.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+from bce3s.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig, override
 from bce3s.device import resolve_placement
 from bce3s.losses import LOSSES, build_loss, loss_class, resolve_method
 from bce3s.losses.seam import Share
@@ -80,6 +80,20 @@ def test_a_method_is_resolved_once_and_for_all(method: str) -> None:
     assert resolved.model.classifier == loss_class(method).classifier != "auto"
     assert resolved.data.order.partner == ("same" if method == "bcl" else "drawn")
     assert replace(resolved, model=config.model, data=config.data) == config  # nothing else is touched
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["loss.name=bcl", "data.order.partner=drawn"], "method bcl trains on two augmentations of each image"),
+        (["loss.name=ldam-drw", "model.classifier=normalized"], "method ldam-drw is defined on a cosine classifier"),
+        (["loss.joint=ce"], "joint, contrastive and uniform choose the terms of method tsl, not of bce3s: add --method tsl"),
+        (["loss.name=ce", "loss.uniform=off"], "joint, contrastive and uniform choose the terms of method tsl, not of ce"),
+    ],
+)
+def test_what_a_method_would_not_heed_is_refused(settings: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        resolve_method(override(CONFIG, settings))
 
 
 @pytest.mark.parametrize(

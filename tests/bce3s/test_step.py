@@ -11,7 +11,7 @@ import torch
 
 from bce3s.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bce3s.device import resolve_placement
-from bce3s.losses import build_loss, resolve_method
+from bce3s.losses import LossInputs, LossOutput, build_loss, resolve_method
 from bce3s.step import TrainStep, micro_batches
 from bce3s.train import build_model
 from pipelines.config import AugmentConfig, DataConfig
@@ -189,3 +189,18 @@ def test_a_cuda_step_never_waits_for_the_device(make_shards: Any, kind: str, pre
             step(next(running), loader.num_steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_loss_is_told_where_in_the_run_it_is(make_shards: Any) -> None:
+    step = step_for(SMALL)
+    batch = batches_for(make_shards(), SMALL)[0][0]
+    told, compute = [], step.loss
+
+    def recording(inputs: LossInputs) -> LossOutput:
+        told.append((inputs.epoch, inputs.num_epochs, inputs.progress.item()))
+        return compute(inputs)
+
+    step.loss = recording  # type: ignore[assignment]
+    for epoch in (0, 1):
+        step(replace(batch, epoch=epoch), 5)
+    assert told == [(0, 2, 0.0), (1, 2, 0.5)]

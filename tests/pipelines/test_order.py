@@ -98,7 +98,7 @@ def test_the_same_partner_is_the_instance_stream_once_more(counts: list[int], sa
 
 
 def test_an_unknown_partner_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown partner 'twin'; known: drawn, same"):
+    with pytest.raises(ConfigError, match=r"unknown partner 'twin'; known: auto, drawn, same"):
         OrderConfig(partner="twin")
 
 

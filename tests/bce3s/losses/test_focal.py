@@ -31,9 +31,10 @@ def focal(gamma: float, weights: list[float]) -> Callable[[Tensor, int], Tensor]
 
 
 def weights_by_hand(counts: list[int], beta: float) -> list[float]:
-    """Cui et al. 2019, eq. 2 and section 4; no images count as one."""
+    """Cui et al. 2019, eq. 2 and section 4, over the classes that have images; no images count as one."""
     raw = [(1 - beta) / (1 - beta ** max(count, 1)) for count in counts]
-    return [weight * len(counts) / sum(raw) for weight in raw]
+    present = [weight for weight, count in zip(raw, counts, strict=True) if count or not any(counts)]
+    return [weight * len(present) / sum(present) for weight in raw]
 
 
 @settings(max_examples=20)
@@ -98,10 +99,12 @@ def test_effective_number_weights_by_hand() -> None:
 
 
 @given(counts=st.lists(st.integers(0, 10**6), min_size=1, max_size=9), beta=st.sampled_from([0.0, 0.9, 0.9999, 0.99999]))
-def test_effective_number_weights_sum_to_the_classes_and_never_rise_with_the_images(counts: list[int], beta: float) -> None:
+def test_effective_number_weights_have_mean_1_over_present_classes_and_never_rise_with_the_images(counts: list[int], beta: float) -> None:
     weights = effective_number_weights(torch.tensor(counts), beta)
     assert weights.dtype == torch.float32
-    assert weights.sum().item() == pytest.approx(len(counts), rel=1e-6)
+    present = torch.tensor(counts) > 0
+    if present.any():
+        assert weights[present].mean().item() == pytest.approx(1, rel=1e-6)
     torch.testing.assert_close(weights, torch.tensor(weights_by_hand(counts, beta)), rtol=1e-5, atol=1e-7)
     by_count = [weight for _, weight in sorted(zip(counts, weights.tolist(), strict=True))]
     assert by_count == sorted(by_count, reverse=True)
