@@ -19,6 +19,7 @@ import torch
 from pipelines.config import AugmentConfig, DaliConfig, DataConfig
 from pipelines.format import ShardSet, open_shards
 from pipelines.loaders import PlannedLoader, build_loader, dali_index
+from pipelines.loaders.dali_pipeline import ScheduledPipeline
 from pipelines.types import BackendError, Batch, DamagedSampleError, ShardError
 
 RESIZED = AugmentConfig(crop="resized", area_range=(0.3, 1.0))
@@ -47,6 +48,28 @@ def test_both_feeds_deliver_the_same_batches(make_shards: Any, shard_bytes: int,
     assert (len(shards.manifest["splits"]["train"]["shards"]) == 1) == (shard_bytes == 1 << 30)
     memory, index = (collected(loader_for(shards, feed, split)) for feed in ("memory", "index"))
     assert_equal(memory, index)
+
+
+@pytest.mark.parametrize("prefetch_batches", [1, 3])
+def test_an_interrupt_while_a_batch_is_taken_stays_an_interrupt(
+    make_shards: Any, monkeypatch: pytest.MonkeyPatch, prefetch_batches: int
+) -> None:
+    shards = make_shards(size=None, extension="jpg")
+    loader = loader_for(shards, "memory", prefetch_batches=prefetch_batches)
+    take, taken = ScheduledPipeline._collect, 0
+
+    def interrupted(self: Any, in_flight: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 3:
+            self._pipeline.share_outputs()  # as if Ctrl-C came just behind it
+            raise KeyboardInterrupt
+        return take(self, in_flight)
+
+    monkeypatch.setattr(ScheduledPipeline, "_collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collected(loader)
+    assert_equal(collected(loader), collected(loader_for(shards, "memory")))
 
 
 @pytest.mark.parametrize("prefetch_batches", [1, 2, 3])
