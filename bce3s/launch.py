@@ -29,9 +29,9 @@ from bce3s.losses import resolve_method
 from bce3s.progress import accuracy_table
 from bce3s.retrain.after_training import retrain_after
 from bce3s.retrain.classifiers import require_classifier_fits
-from bce3s.retrain.record import discard_stage_twos, is_stage_two
+from bce3s.retrain.record import discard_stage_twos, is_stage_two, require_same_retraining
 from bce3s.retrain.stage_one import stage_two_folder
-from bce3s.runlog import ENVIRONMENT_FILE, METRICS_FILE, read_json
+from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, read_json
 from bce3s.seeds import combine, is_finished, seeds_table, summary_of, write_seeds
 from bce3s.train import RunResult, StoppedError, Trainer, require_same_record, saved_loader
 from pipelines.config import require, require_choice
@@ -172,8 +172,27 @@ class _Launched:
         if not has_run or (asked.overwrite and not own):
             return "anew"
         if (asked.seeds or asked.stages == 2) and is_finished(out):
-            require_same_record(out, config, self.shards)
+            return self._way_of_finished(config, out)
+        return "on"
+
+    def _way_of_finished(self, config: TrainConfig, out: Path) -> str:
+        """Nothing is to be done, or "on": where another epoch is to be the result, the run is measured again at its end, without training.
+
+        Raises:
+            ConfigError: the run, or the stage two that it has, was made otherwise.
+        """
+        require_same_record(out, config, self.shards)
+        second, before = stage_two_folder(out, config.retrain), read_json(out / CONFIG_FILE).get("select", "last")
+        has_second = self.asked.stages == 2 and is_stage_two(second)
+        if has_second:
+            require_same_retraining(second, config)
+        if before == config.select:
             return "finished"
+        if has_second:
+            raise ConfigError(
+                f"{second} was made with --select {before}, this command says {config.select}: give it without --stages 2 first, and then "
+                f"'bce3s retrain-classifier {out} --overwrite'"
+            )
         return "on"
 
     def _train(self, config: TrainConfig, out: Path, way: str) -> None:
@@ -195,7 +214,7 @@ def _introduce(console: Console, trainer: Trainer, continuing: str, world: World
     config, placement, choice = trainer.config, trainer.placement, trainer.loader_choice
     ranks = f" on {world.size} ranks" if world.size > 1 else ""
     console.print(
-        f"{config.loss.name} with {config.model.arch} on {config.dataset} ({int(trainer.train_counts_K.sum()):,} training images, "
+        f"{config.loss.title} with {config.model.arch} on {config.dataset} ({int(trainer.train_counts_K.sum()):,} training images, "
         f"{len(trainer.train_counts_K)} classes); loader {choice.name} ({'as before' if continuing else choice.reason}); "
         f"{placement.device}, {placement.precision}{ranks}{continuing}",
         highlight=False,

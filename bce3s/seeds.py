@@ -17,6 +17,7 @@ from pipelines.types import ConfigError
 SEEDS_FILE = "seeds.json"
 GROUPS = ("all", "many", "medium", "few")
 MORE_FIGURES = ("balanced", "ece")  # of the file, not of the table
+LAST = "last_epoch_no_tta"
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -51,24 +52,42 @@ def summary_of(run: Path) -> dict[str, Any]:
 def combine(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation over the seeds of every figure of their summaries; None where a group is empty.
 
-    Those of accuracies are under "figures" by measure and group, those of features under "features" by path.
+    Those of accuracies are under "figures" by measure, the "headline" first, and group, those of features under "features" by path. A
+    spread over fewer seeds than "n" has its own "n"; measures that some seeds do not have are named under "left_out".
 
     Args:
         summaries: seed -> summary line, of at least one run.
+
+    Raises:
+        ConfigError: the seeds' headlines are not the same measure, or not selected alike.
     """
-    first, *others = summaries.values()
-    measures = [name for name, value in first.items() if _is_accuracy(value) and all(name in other for other in others)]
-    figures = {
-        measure: {
-            figure: _spread([summary[measure][figure] for summary in summaries.values()])
-            for figure in (*GROUPS, *MORE_FIGURES)
-            if all(figure in summary[measure] for summary in summaries.values())
-        }
-        for measure in measures
-    }
+    headline, selected_by = _headline(summaries)
+    found = dict.fromkeys(name for summary in summaries.values() for name, value in summary.items() if _is_accuracy(value))
+    left_out = [name for name in found if not all(name in summary for summary in summaries.values())]
+    measures = sorted((name for name in found if name not in left_out), key=lambda name: name != headline)
+    figures = {measure: _spreads([summary[measure] for summary in summaries.values()], (*GROUPS, *MORE_FIGURES)) for measure in measures}
     flat = [dict(_scalars(summary.get("last_epoch_features") or {})) for summary in summaries.values()]
-    features = {name: _spread([each[name] for each in flat]) for name in flat[0] if all(name in each for each in flat)}
-    return {"seeds": sorted(summaries), "n": len(summaries), "figures": figures, "features": features}
+    features = _spreads(flat, tuple(dict.fromkeys(name for each in flat for name in each)))
+    return {
+        **{"seeds": sorted(summaries), "n": len(summaries), "headline": headline, "selected_by": selected_by},
+        **{"figures": figures, "features": features, "left_out": left_out},
+    }
+
+
+def _headline(summaries: dict[int, dict[str, Any]]) -> tuple[str, str | None]:
+    """The measure that is the result of every seed, and what its epoch was selected by; summaries that do not say are of last epochs."""
+    (first, expected), *others = ((seed, (each.get("headline", LAST), each.get("selected_by"))) for seed, each in summaries.items())
+    for seed, found in others:
+        if found != expected:
+            raise ConfigError(
+                f"seed {first}'s result is {_described(*expected)}, seed {seed}'s is {_described(*found)}, and a mean of both is neither: "
+                "give the same command with --resume --select last, or train anew with --overwrite"
+            )
+    return expected
+
+
+def _described(headline: str, selected_by: str | None) -> str:
+    return f"{headline} by {selected_by}" if selected_by else headline
 
 
 def _is_accuracy(value: Any) -> bool:
@@ -84,11 +103,17 @@ def _scalars(figures: dict[str, Any], path: str = "") -> Iterator[tuple[str, flo
             yield f"{path}{name}", value
 
 
+def _spreads(found: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, dict[str, float | None] | None]:
+    """Those of `names` that some of `found` have."""
+    return {name: _spread([each.get(name) for each in found]) for name in names if any(name in each for each in found)}
+
+
 def _spread(values: list[float | None]) -> dict[str, float | None] | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    return {"mean": statistics.fmean(known), "sd": statistics.stdev(known) if len(known) > 1 else None}
+    spread = {"mean": statistics.fmean(known), "sd": statistics.stdev(known) if len(known) > 1 else None}
+    return spread if len(known) == len(values) else {**spread, "n": len(known)}
 
 
 def write_seeds(folder: Path, combined: dict[str, Any]) -> None:
@@ -100,6 +125,8 @@ def seeds_table(combined: dict[str, Any]) -> Table:
     """Mean ± standard deviation by shot group, one row a measure; the first is the headline."""
     seeds = ", ".join(map(str, combined["seeds"]))
     caption = f"mean ± sample standard deviation, n = {combined['n']} (seeds {seeds})"
+    if combined["left_out"]:
+        caption += f"; not of every seed and left out: {', '.join(map(_title, combined['left_out']))}"
     table = Table(title=f"{combined['n']} seeds", caption=caption, title_justify="left", caption_justify="left")
     table.add_column("top-1 accuracy, %")
     for group in GROUPS:
@@ -107,14 +134,19 @@ def seeds_table(combined: dict[str, Any]) -> Table:
     for number, (measure, groups) in enumerate(combined["figures"].items()):
         cells = [_cell(groups[group]) for group in GROUPS]
         table.add_row(
-            measure.replace("_", " ").replace("no tta", "no TTA").replace("flip tta", "flip TTA"),
+            _title(measure),
             *cells,
             style="bold" if number == 0 else None,
         )
     return table
 
 
+def _title(measure: str) -> str:
+    return measure.replace("_", " ").replace("no tta", "no TTA").replace("flip tta", "flip TTA")
+
+
 def _cell(spread: dict[str, float | None] | None) -> str:
     if spread is None:
         return "n/a"
-    return f"{spread['mean']:.2f}" if spread["sd"] is None else f"{spread['mean']:.2f} ± {spread['sd']:.2f}"
+    shown = f"{spread['mean']:.2f}" if spread["sd"] is None else f"{spread['mean']:.2f} ± {spread['sd']:.2f}"
+    return f"{shown} (n = {spread['n']})" if "n" in spread else shown

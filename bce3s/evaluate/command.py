@@ -27,7 +27,9 @@ def evaluate_run(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     shards: Annotated[str | None, typer.Option(help="Shard folder or URL; default what the run was trained on.")] = None,
     split: Annotated[str, typer.Option(help="val or test, or train: its images without augmentation.")] = "test",
-    checkpoint: Annotated[str, typer.Option(help="last, or the best on val.")] = "last",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="last, or best: on val, or on test where there is no val; default the run's result.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     average: Annotated[bool, typer.Option("--average", help="The moving average of the weights, where the run kept one.")] = False,
     features: Annotated[bool, typer.Option("--features", help="Compactness, separability and neural collapse too.")] = False,
@@ -36,16 +38,18 @@ def evaluate_run(
 ) -> None:
     """Evaluate a trained run, with and without flip test-time augmentation."""
     require_choice("split", split, SPLITS)
-    require_choice("checkpoint", checkpoint, ("last", "best"))
+    require_choice("checkpoint", checkpoint or "last", ("last", "best"))
     tau = adjust_logits or 0.0
     require(0 <= tau < math.inf, f"--adjust-logits takes a τ from 0 on, such as 1, not {tau}")
     from bce3s.device import resolve_device
     from bce3s.evaluate.table import geometry_tables
     from bce3s.progress import accuracy_table
     from bce3s.runlog import ENVIRONMENT_FILE, read_json
+    from bce3s.train import checkpoint_of_result
 
     recorded = read_json(run / ENVIRONMENT_FILE)
     resolve_device(device)  # before a large file is read
+    checkpoint = checkpoint or ("last" if average else checkpoint_of_result(run))  # no best checkpoint keeps an average
     state, path = _load(run, checkpoint)
     opened = _open_shards(run, shards, str(recorded.get("shards", "")), state, path)
     console = Console(stderr=json_output)
@@ -60,7 +64,7 @@ def evaluate_run(
     rows = {label: figures[key] for key, label in labels.items() if key in figures}
     if json_output:
         found: dict[str, Any] = {label: accuracy.to_dict() for label, accuracy in rows.items()}
-        typer.echo(json.dumps(found | ({"features": geometry.to_dict()} if geometry else {}), indent=1))
+        typer.echo(json.dumps(found | ({"features": {"split": split, **geometry.to_dict()}} if geometry else {}), indent=1))
         return
     caption = f"{figures['plain'].num_images:,} images" + (", without augmentation" if split == "train" else "")
     caption += "; adjusted: logits less τ·log of the class priors" if tau else ""

@@ -43,7 +43,7 @@ def evaluate(
         loader: of "val" or "test", or of "train" without augmentation.
         train_counts_K: int64 [K], training images a class, for the shot groups and the prior of `adjust_logits`.
         augment: mean and std.
-        placement: precision and device.
+        placement: device, and the precision of the backbone: a `Recogniser`'s classifier computes in float32.
         flip_tta: also evaluate with flip test-time augmentation (traps.md A2: never the headline).
         on_step: called after each batch.
         world: whose ranks hold equal models and evaluate their shares of the split; counts are summed, so the accuracies are exact.
@@ -62,11 +62,10 @@ def evaluate(
     total_K = torch.zeros(len(train_counts_K), dtype=torch.int64, device=placement.device)
     for batch in loader.epoch(0):
         images = normalise(batch.images_SHWC, mean, std, placement.dtype)
-        with placement.autocast():
-            logits = {"plain": _logits(model, images, batch.labels_S, features)}
-            if flip_tta:
-                # Halved: a confidence is of one image's logits, not of a sum.
-                logits["flip_tta"] = (logits["plain"] + model(images.flip(3)).float()) / 2
+        logits = {"plain": _logits(model, images, placement, batch.labels_S, features)}
+        if flip_tta:
+            # Halved: a confidence is of one image's logits, not of a sum.
+            logits["flip_tta"] = (logits["plain"] + _logits(model, images.flip(3), placement, batch.labels_S, None)) / 2
         # bincount would ask the device for the largest label and wait for the answer.
         total_K.scatter_add_(0, batch.labels_S, torch.ones_like(batch.labels_S))
         for name, logits_BK in logits.items():
@@ -115,13 +114,19 @@ class _Row:
         return accuracy_from_counts(correct_K, totals_K, train_counts_K, self._reliability.result())
 
 
-def _logits(model: nn.Module, images: Tensor, labels_B: Tensor, features: FeatureStatistics | None) -> Tensor:
-    """Float32 logits [B, K]; the features on the way to them are added to `features`."""
-    if features is None:
-        logits_BK: Tensor = model(images)
+def _logits(model: nn.Module, images: Tensor, placement: Placement, labels_B: Tensor, features: FeatureStatistics | None) -> Tensor:
+    """Float32 logits [B, K]; the features on the way to them are added to `features`.
+
+    A recogniser's backbone alone runs in the placement's precision. Logits rounded to bfloat16, with 8 bits, tie, and of equal logits
+    the arg max takes the first class: where classes are sorted by size, the larger one.
+    """
+    if not isinstance(model, Recogniser):
+        assert features is None, "only a recogniser shows its features"
+        with placement.autocast():
+            logits_BK: Tensor = model(images)
         return logits_BK.float()
-    assert isinstance(model, Recogniser), "only a recogniser shows its features"
-    features_BD = model.features(images)
-    with torch.autocast(images.device.type, enabled=False):
+    with placement.autocast():
+        features_BD = model.features(images).float()
+    if features is not None:
         features.add(features_BD, labels_B)
-    return model.classifier(features_BD).float()  # type: ignore[no-any-return]
+    return model.classifier(features_BD)  # type: ignore[no-any-return]

@@ -15,7 +15,9 @@ class Collapse:
     """Measures that go to 0 as a network collapses; K counts the classes with images, M are their means less the mean of the means.
 
     Classes weigh alike in M, so that the head of a long tail does not decide where its middle is; on balanced sets this is the paper's
-    global mean. None where a figure is not defined: fewer than two classes, means that are all one, or for `nc1` no class of two images.
+    global mean. The paper measures the training images: that is `bce3s evaluate RUN --features --split train`. A run's summary measures
+    the split that it reports on, test, whose images the network never saw. None where a figure is not defined: fewer than two classes,
+    means that are all one, or for `nc1` no class of two images.
 
     Args:
         nc1: tr(Σ_W Σ_B⁺)/K, variability within classes against that between them. Σ_B = M Mᵀ/K; Σ_W is the covariance around the class

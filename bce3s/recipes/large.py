@@ -88,5 +88,5 @@ def _at_224(
         model=ModelConfig(arch=arch, bias_prior=True),
         loss=LossConfig(contrastive_weight=contrastive_weight(num_classes)),
         optimizer=optimizer,
-        retrain=RetrainConfig(batch_size=batch_size, learning_rate=1e-4 * batch_size / 64),
+        retrain=RetrainConfig(batch_size=batch_size),
     )

@@ -14,5 +14,5 @@ def demo_resnet20_12ep() -> TrainConfig:
         data=DataConfig(loader="dali", batch_size=32, image_size=32, augment=AugmentConfig(area_range=(0.5, 1.0), eval_crop=1.0)),
         model=ModelConfig(arch="resnet20-cifar", projection_dim=64),
         optimizer=OptimizerConfig(learning_rate=0.1, weight_decay=5e-4, warmup_epochs=1),
-        retrain=RetrainConfig(epochs=10, learning_rate=1e-4),
+        retrain=RetrainConfig(epochs=10),
     )

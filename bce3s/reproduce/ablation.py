@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from bce3s.reproduce.grid import Budget, Claim, Published, Row, Table
+from bce3s.reproduce.grid import Budget, Claim, Row, Table
+from bce3s.reproduce.sources import ABLATION
 
-_LABEL = "paper, stage one; flip TTA and best on test, as far as the authors' log shows"
-
-
-def _published(many: float, medium: float, few: float, overall: float) -> Published:
-    return Published(label=_LABEL, many=many, medium=medium, few=few, all=overall)
+_TSL = "loss.name=tsl"
+_ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("ce", "CE joint", ("loss.name=ce",)),
+    ("bce", "BCE joint", ("loss.name=bce",)),
+    ("contrastive", "BCE joint + contrastive", (_TSL, "loss.uniform=off")),
+    ("uniform", "BCE joint + uniform", (_TSL, "loss.contrastive=off")),
+    ("bce3s", "BCE3S", ("loss.name=bce3s",)),
+    ("ce-tsl", "the three terms as CE", (_TSL, "loss.joint=ce", "loss.contrastive=ce", "loss.uniform=ce")),
+)
 
 
 def ablation_cifar100(budget: Budget) -> Table:
-    """CIFAR100-LT, imbalance factor 100, stage one (Fan et al., AAAI 2026; figures: method.md, "Published figures")."""
+    """CIFAR100-LT, imbalance factor 100, stage one (Fan et al., AAAI 2026; figures: `sources.ABLATION`)."""
     shards = budget.shards("cifar100-lt")
-    tsl = "loss.name=tsl"
-    rows = (
-        Row(name="ce", title="CE joint", shards=shards, settings=("loss.name=ce",), published=_published(82.29, 51.37, 15.67, 51.48)),
-        Row(name="bce", title="BCE joint", shards=shards, settings=("loss.name=bce",), published=_published(81.11, 55.06, 17.40, 52.88)),
-        Row(
-            name="contrastive",
-            title="BCE joint + contrastive",
-            shards=shards,
-            settings=(tsl, "loss.uniform=off"),
-            published=_published(82.74, 56.57, 20.63, 54.95),
-        ),
-        Row(
-            name="uniform",
-            title="BCE joint + uniform",
-            shards=shards,
-            settings=(tsl, "loss.contrastive=off"),
-            published=_published(81.03, 56.51, 19.20, 53.90),
-        ),
-        Row(name="bce3s", title="BCE3S", shards=shards, settings=("loss.name=bce3s",), published=_published(83.34, 57.09, 22.80, 55.99)),
-        Row(
-            name="ce-tsl",
-            title="the three terms as CE",
-            shards=shards,
-            settings=(tsl, "loss.joint=ce", "loss.contrastive=ce", "loss.uniform=ce"),
-            published=_published(83.97, 54.54, 18.87, 54.14),
-        ),
-    )
+    rows = tuple(Row(name=name, title=title, shards=shards, settings=settings, published=ABLATION[name]) for name, title, settings in _ROWS)
     claims = (
         *(Claim("bce", "ce"), Claim("bce", "ce", "few"), Claim("contrastive", "bce"), Claim("uniform", "bce")),
         *(Claim("bce3s", "contrastive"), Claim("bce3s", "uniform"), Claim("bce3s", "bce"), Claim("bce3s", "bce", "few")),

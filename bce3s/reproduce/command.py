@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from bce3s.reproduce.grid import BUDGETS, Table, with_settings
+from bce3s.reproduce.grid import BUDGETS, Table
 from bce3s.reproduce.tables import TABLES, build_table, select_rows
 from bce3s.seeds import parse_seeds
 from pipelines.config import require, require_choice
@@ -44,7 +44,7 @@ def reproduce(
         return
     if table is None:
         raise ConfigError(f"name a table: {', '.join(TABLES)}; --list shows what is in them")
-    built = with_settings(build_table(table, budget), settings or [])
+    built = build_table(table, budget, settings or [])
     selected = select_rows(built, rows)
     require(jobs >= 1, f"--jobs must be at least 1, not {jobs}")
     require(source is None or shards is None, "--source has shards made and --shards names some that are there: give one of them")

@@ -25,6 +25,9 @@ def figures_of(run: Run) -> Figures:
 def _measures(folder: Path) -> Figures:
     summary = summary_of(folder)
     measured = {name: value for name, value in summary.items() if isinstance(value, dict) and all(group in value for group in GROUPS)}
+    evaluated = [line for line in read_metrics(folder) if line["kind"] == "epoch" and "all" in line]
+    if len(evaluated) == 1:  # at the end alone: the best epoch is the last one by name only
+        measured = {name: value for name, value in measured.items() if not name.startswith("best_on_")}
     return {name: {group: value[group] for group in GROUPS} for name, value in measured.items()}
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bce3s.config import TrainConfig, override
 from bce3s.recipes import build_recipe
 from bce3s.seeds import GROUPS
+from pipelines.config import require
 
 LAST = "last_epoch_no_tta"
 AVERAGE = "last_epoch_average_no_tta"
 STAGE_TWO = "stage2:"  # before the name of a measure of stage two
+_NOT_SETTABLE = {
+    "seed": "name the seeds of its runs with --seeds",
+    "device": "name the device with --device",
+    "dataset": "its rows name theirs, take another table",
+}
+
+
+def names_of(settings: Iterable[str]) -> list[str]:
+    """'a.b' of every "a.b=value"."""
+    return [setting.partition("=")[0].strip() for setting in settings]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +67,7 @@ class Row:
         title: in the field's words.
         shards: what it trains on; None for a row that is only published.
         settings: "path=value", in place of the recipe's.
+        scales: names of those of `settings` that are computed from the budget's value, and so go with --set instead of against it.
         stages: 2 trains the classifier anew after stage one.
         headline: the measure that the table compares.
         runs: name of the row whose runs these are too: the same training, measured otherwise; empty is its own.
@@ -66,6 +78,7 @@ class Row:
     title: str
     shards: ShardsOf | None = None
     settings: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
     stages: int = 1
     headline: str = LAST
     runs: str = ""
@@ -112,6 +125,16 @@ class Budget:
         """What the rows of a data set have in common, without what their methods decide."""
         return override(build_recipe(self.recipes[dataset], dataset), list(self.settings[dataset]))
 
+    def with_settings(self, settings: Sequence[str]) -> Budget:
+        """The same with further "path=value" for all rows, after its own and before those of a row.
+
+        Raises:
+            ConfigError: one that the command has an option of its own for, or the table decides.
+        """
+        for name in names_of(settings):
+            require(name not in _NOT_SETTABLE, f"--set {name}=… does not go with a table: {_NOT_SETTABLE.get(name)}")
+        return replace(self, settings={dataset: (*before, *settings) for dataset, before in self.settings.items()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -138,9 +161,11 @@ class Table:
         return next(row for row in self.rows if row.name == name)
 
     def published_difference(self, claim: Claim) -> float | None:
-        """In points; None where either figure is not published."""
-        published = (self.row(claim.better).published, self.row(claim.worse).published)
-        first, second = (None if one is None else one.groups()[claim.group] for one in published)
+        """In points; None where either figure is not published, or they were measured otherwise: a difference of those says nothing."""
+        better, worse = self.row(claim.better).published, self.row(claim.worse).published
+        if better is None or worse is None or better.label != worse.label:
+            return None
+        first, second = better.groups()[claim.group], worse.groups()[claim.group]
         return None if first is None or second is None else first - second
 
 
@@ -173,13 +198,3 @@ SMALL = Budget(
     ),
 )
 BUDGETS = {"full": FULL, "small": SMALL}
-
-
-def with_settings(table: Table, settings: Sequence[str]) -> Table:
-    """`table` with further "path=value" for all rows, before their own, and a note that says so."""
-    if not settings:
-        return table
-    budget = table.budget
-    extended = {dataset: (*before, *settings) for dataset, before in budget.settings.items()}
-    note = f"Other than the budget's, for all rows: {', '.join(settings)}."
-    return replace(table, budget=replace(budget, settings=extended), notes=(*table.notes, note))

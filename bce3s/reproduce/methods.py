@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 from bce3s.reproduce.grid import Budget, Claim, Published, Row, Table
+from bce3s.reproduce.sources import ABLATION, GLMC, PROCO
 
-# Not ours to reproduce with this recipe: the label says what else is different.
-_PAPER = "paper; flip TTA and best on test, as far as the authors' log shows"
-_OTHERS = {
-    "glmc": Published(label="GLMC, its repository; other backbone and recipe (ResNet-32 four times as wide), best on test", all=57.97),
-    "bce3s": Published(
-        label=_PAPER,
-        all=55.99,
-        many=83.34,
-        medium=57.09,
-        few=22.80,
-    ),
-    "bce": Published(
-        label=_PAPER,
-        all=52.88,
-        many=81.11,
-        medium=55.06,
-        few=17.40,
-    ),
-    "ce": Published(label=_PAPER, all=51.48, many=82.29, medium=51.37, few=15.67),
-}
+# Not ours to reproduce with this recipe: the labels say what else is different.
+_OTHERS = {"glmc": Published(label=GLMC, all=57.97), **{name: ABLATION[name] for name in ("bce3s", "bce", "ce")}}
 _ELSEWHERE = (
-    ("proco", "ProCo", "ProCo, its repository; other backbone and recipe (ResNet-32, 200 epochs)", 52.8),
+    ("proco", "ProCo", PROCO, 52.8),
     ("weight-balancing", "weight balancing", "WB, its repository; other recipe (ResNet-34, crop and flip, two stages), flip TTA", 53.1),
     ("sade", "SADE", "SADE, its repository; other backbone and recipe (ResNet-32, three experts)", 49.8),
 )

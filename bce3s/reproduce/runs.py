@@ -10,12 +10,15 @@ from typing import Any
 
 from bce3s.config import TrainConfig, to_json
 from bce3s.reproduce.grid import Budget, Row, Table
+from bce3s.retrain.record import is_stage_two, require_same_retraining, retraining_command, started_from
 from bce3s.retrain.stage_one import stage_two_folder
 from bce3s.runlog import CONFIG_FILE, read_json
 from bce3s.seeds import is_finished
 from bce3s.throughput.command import resolve_config
-from bce3s.train import saved_loader
+from bce3s.train import checkpoint_of_result, saved_loader
 from bce3s.train.state import require_same_config
+from pipelines.config import require
+from pipelines.types import ConfigError
 
 RECORD_FILE = "reproduce.json"
 
@@ -90,7 +93,7 @@ def plan_run(budget: Budget, row: Row, seed: int, shards: dict[str, Path | str],
     assert row.shards is not None, "a row that is only published has no runs"
     dataset = row.shards.dataset
     settings = (*budget.settings[dataset], *row.settings)
-    config = resolve_config(dataset, budget.recipes[dataset], {"seed": seed}, list(settings))
+    config = resolve_config(dataset, budget.recipes[dataset], {}, [*settings, f"seed={seed}"])
     return Run(
         name=f"{row.run_name}-s{seed}",
         config=config,
@@ -110,14 +113,25 @@ def seeds_on_disk(out: Path, row: Row) -> list[int]:
 
 
 def is_of_table(run: Run) -> bool:
-    """Whether the run on disk has the settings that the table has today."""
+    """Whether the run on disk has the settings that the table has today, and its stage two, if it takes part, came of it by them."""
     try:
         asked = json.loads(to_json(run.config))
         asked["data"]["loader"] = saved_loader(run.out)
         require_same_config(read_json(run.out / CONFIG_FILE), asked, run.out)
+        if run.stages == 2:
+            require_own_stage_two(run)
     except ValueError:  # `UserError` too: damaged, or of another table
         return False
     return True
+
+
+def require_own_stage_two(run: Run) -> None:
+    """Raises `ConfigError` where the finished stage two of a run came of other weights than the run's, or of other settings."""
+    require(is_stage_two(run.stage_two), f"{run.stage_two} holds a run that is no stage two; move it away")
+    require_same_retraining(run.stage_two, run.config)
+    if not started_from(run.stage_two, run.out, checkpoint_of_result(run.out)):
+        anew = retraining_command(run.out, run.config.retrain)
+        raise ConfigError(f"{run.stage_two} came of other weights than {run.out} has now; make it anew with: {anew}")
 
 
 def read_record(run: Run) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from bce3s.reproduce.collect import collect
 from bce3s.reproduce.figures import figures_of
 from bce3s.reproduce.grid import LAST, Row, Table
 from bce3s.reproduce.page import counted, headline_cells, page
-from bce3s.reproduce.runs import Run, plan_runs
+from bce3s.reproduce.runs import Run, plan_runs, require_own_stage_two
 from bce3s.reproduce.shards import find_shards
 from bce3s.reproduce.train import RunFailedError, train_beside, train_here
 from bce3s.seeds import GROUPS
@@ -159,9 +159,11 @@ class _Session:
 
 
 def _require_continuable(run: Run, shards: ShardSet) -> None:
-    """Raises `ConfigError` where the run folder holds a run of other settings or shards."""
+    """Raises `ConfigError` where the run folder holds a run of other settings or shards, or a stage two of others."""
     if CheckpointFolder(run.out, run.config.checkpoint.keep).newest() is not None:
         require_same_record(run.out, run.config, shards)
+    if run.stages == 2 and run.finished:
+        require_own_stage_two(run)
 
 
 def _duration(seconds: float) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from bce3s.reproduce.ablation import ablation_cifar100
 from bce3s.reproduce.beyond import beyond_cifar100
 from bce3s.reproduce.cifar_main import cifar_main
-from bce3s.reproduce.grid import BUDGETS, Budget, Row, Table
+from bce3s.reproduce.grid import BUDGETS, Budget, Row, Table, names_of
 from bce3s.reproduce.methods import methods_cifar100
 from pipelines.config import require_choice
 from pipelines.types import ConfigError
@@ -20,15 +21,21 @@ TABLES: dict[str, Callable[[Budget], Table]] = {
 }
 
 
-def build_table(name: str, budget: str) -> Table:
-    """The table `name`, sized for the budget of that name.
+def build_table(name: str, budget: str, settings: Sequence[str] = ()) -> Table:
+    """The table `name`, sized for the budget of that name, with further "path=value" for all rows and a note that says so.
 
     Raises:
-        ConfigError: an unknown table or budget; lists the known ones.
+        ConfigError: an unknown table or budget, with the known ones; a setting that is not for a table, or that a row sets itself.
     """
     require_choice("table", name, tuple(TABLES))
     require_choice("budget", budget, tuple(BUDGETS))
-    return TABLES[name](BUDGETS[budget])
+    table = TABLES[name](BUDGETS[budget].with_settings(settings))
+    if not settings:
+        return table
+    for row in table.rows:
+        for setting in sorted((set(names_of(row.settings)) - set(row.scales)) & set(names_of(settings))):
+            raise ConfigError(f"--set {setting}=… is for all rows, and the row {row.name} of {name} sets {setting} itself; leave it out")
+    return replace(table, notes=(*table.notes, f"Other than the budget's, for all rows: {', '.join(settings)}."))
 
 
 def select_rows(table: Table, names: str | None) -> list[Row]:

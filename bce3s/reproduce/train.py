@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bce3s.interrupt import StopRequest
 from bce3s.launch import Launch, launch
 from bce3s.reproduce.runs import RECORD_FILE, Run, read_record
-from bce3s.seeds import is_finished
 from bce3s.throughput.record import checkout_commit, hardware
 from pipelines.durable import write_atomically
 from pipelines.types import ShardError, UserError
@@ -45,22 +45,30 @@ def train(run: Run) -> None:
     with _locked(run):
         if run.finished:
             return
-        begins = not run.out.exists() or not any(run.out.iterdir())
-        # Asked for now: the checkout may have moved on when the run is over.
+        begins = not run.out.exists() or (run.out.is_dir() and not any(run.out.iterdir()))
+        device = torch.device("cuda" if torch.cuda.is_available() and run.config.device != "cpu" else "cpu")
+        # Written now, not at the end: the checkout may move on meanwhile, and a run that is killed went through this commit too.
         commits = [commit for commit in (*read_record(run).get("commits", []), checkout_commit()) if commit is not None]
+        record: dict[str, Any] = {"commits": list(dict.fromkeys(commits)), "hardware": hardware(device)}
+        _note(run, record)
         started_s = time.monotonic()
         asked = Launch(shards=run.shards, out=run.out, resume=True, overwrite=False, stages=run.stages, arguments=run.command())
         launch(run.config, asked)
-        if not is_finished(run.out):
-            return
-        device = torch.device("cuda" if torch.cuda.is_available() and run.config.device != "cpu" else "cpu")
-        record = {
-            # Of a run that was stopped in between nobody can say how long it would have taken.
-            "wall_s": time.monotonic() - started_s if begins and run.finished else None,
-            "commits": list(dict.fromkeys(commits)),
-            "hardware": hardware(device),
-        }
+        # Of a run that was stopped in between nobody can say how long it would have taken.
+        _note(run, {**record, "wall_s": time.monotonic() - started_s if begins and run.finished else None})
+
+
+def _note(run: Run, record: dict[str, Any]) -> None:
+    """Keeps what is known of a run beside it.
+
+    Raises:
+        ShardError: the folder cannot be written.
+    """
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
         write_atomically(run.out / RECORD_FILE, json.dumps(record, indent=1).encode())
+    except OSError as error:
+        raise ShardError(f"cannot write to {run.out}: {error.strerror or error}; choose another --out") from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from bce3s.retrain.record import is_stage_two, require_room, require_same_retrai
 from bce3s.retrain.report import print_stage_two
 from bce3s.retrain.stage_one import load_stage_one, stage_two_folder
 from bce3s.retrain.stage_two import StageTwo
-from bce3s.train import Cursor, StoppedError
+from bce3s.train import Cursor, StoppedError, checkpoint_of_result
 from pipelines.format import ShardSet
 
 
@@ -21,7 +21,7 @@ def retrain_after(run: Path, config: TrainConfig, shards: ShardSet, console: Con
 
     Args:
         run: of stage one.
-        config: of the run; its `retrain` says how, its `select` which checkpoint.
+        config: of the run; its `retrain` says how. The weights are those of the run's result.
         shards: what it was trained on.
         console: what a person sees.
         stop: heard between batches; nothing is left behind then.
@@ -29,16 +29,19 @@ def retrain_after(run: Path, config: TrainConfig, shards: ShardSet, console: Con
 
     Raises:
         StoppedError: SIGTERM or SIGINT asked for it.
-        ConfigError: a stage two of these weights is there with other settings, which nobody asked to replace.
+        ConfigError: a stage two is there that was made otherwise, which nobody asked to replace.
         UserError: what `StageTwo` raises.
     """
-    folder, checkpoint = stage_two_folder(run, config.retrain), "best" if config.select == "val" else "last"
-    if may_be_done and is_stage_two(folder) and started_from(folder, run, checkpoint):
+    folder, checkpoint = stage_two_folder(run, config.retrain), checkpoint_of_result(run)
+    if is_stage_two(folder):
         require_same_retraining(folder, config)
+    if may_be_done and is_stage_two(folder) and started_from(folder, run, checkpoint):
         console.print(f"both stages are finished: {folder}", highlight=False, soft_wrap=True)
         return
     require_room(folder, overwrite=True)  # of a stage one that is no more
     stage_one = load_stage_one(run, checkpoint, shards, config.device)
+    for sentence in stage_one.skipped:
+        console.print(f"warning: {sentence}; taking the one before", highlight=False, soft_wrap=True)
 
     def check() -> None:
         if stop.name is not None:

@@ -15,9 +15,10 @@ from pipelines.types import ConfigError
 
 
 class LearnedScales(nn.Module):
-    """LWS (Kang et al. 2020, 4.3): f_k·(w_k·x + b_k) with rows and biases as they are, one learned f_k a class that starts at 1.
+    """LWS (Kang et al. 2020, section 4, "learnable weight scaling"): f_k·(w_k·x + b_k), one learned f_k a class that starts at 1.
 
-    The bias is scaled with its row, as in the authors' code; w_k is the normalised row where the classifier normalises.
+    Rows and biases stay as they are. The bias is scaled with its row, as in the authors' code; w_k is the normalised row where the
+    classifier normalises.
     """
 
     def __init__(self, classifier: NormalizedClassifier) -> None:
@@ -41,7 +42,10 @@ class LearnedScales(nn.Module):
 
 @torch.no_grad()
 def tau_normalized(classifier: LinearClassifier, tau: float) -> LinearClassifier:
-    """Rows w_k/‖w_k‖^τ without biases (Kang et al. 2020, 4.2, eq. 10, which drops them): τ = 0 leaves the rows, τ = 1 is unit rows."""
+    """Rows w_k/‖w_k‖^τ without biases (Kang et al. 2020, section 4, "τ-normalized classifier", which drops them).
+
+    τ = 0 leaves the rows, τ = 1 is unit rows.
+    """
     lengths_K = classifier.weight.norm(dim=1, keepdim=True).clamp_min(NORM_EPS)
     return _linear(classifier.weight / lengths_K**tau, torch.zeros_like(classifier.bias))
 
@@ -110,7 +114,7 @@ def start_retraining(classifier: NormalizedClassifier, model: ModelConfig, confi
 
 
 def _fresh(classifier: NormalizedClassifier, model: ModelConfig, seed: int) -> NormalizedClassifier:
-    """cRT (Kang et al. 2020, 4.1): another classifier of the same kind, drawn on the CPU, so the same on every device."""
+    """cRT (Kang et al. 2020, section 4, "classifier re-training"): another of the same kind, drawn on the CPU: the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = build_classifier(model.classifier, classifier.in_features, classifier.out_features, model.classifier_scale)

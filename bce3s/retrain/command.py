@@ -27,7 +27,9 @@ def retrain_classifier(
     batch_norm: Annotated[str | None, typer.Option(help="frozen: features once; updated: as the reference, slow.")] = None,
     tau: Annotated[float | None, typer.Option(help="Of tau-norm: rows are divided by their length to this power.")] = None,
     max_norm: Annotated[float | None, typer.Option(help="Shorten long rows after every epoch; the reference's 0.1, 0 is off.")] = None,
-    checkpoint: Annotated[str, typer.Option(help="Of stage one: last, or the best epoch.")] = "last",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="last, or best: on val, or on test where there is no val; default the run's result.")
+    ] = None,
     shards: Annotated[str | None, typer.Option(help="Shard folder or URL; default what the run was trained on.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Of order and draws; default the run's.")] = None,
@@ -70,11 +72,13 @@ def retrain_classifier(
 
 
 def _configured(config: TrainConfig, flags: dict[str, Any], settings: list[str], seed: int | None) -> TrainConfig:
-    """Stage one's settings with those of the command in their place."""
+    """Stage one's settings with those of the command in their place; rate and weight decay of another method are not taken over."""
     from bce3s.config import override
 
     for setting in settings:
         known = setting.strip().startswith(_SETTABLE)
         require(known, f"--set {setting} is not of stage two: it takes retrain.… and data.…, such as retrain.batch_size=128")
     given = [f"retrain.{name}={value}" for name, value in flags.items() if value is not None]
-    return override(config, given + settings + ([] if seed is None else [f"seed={seed}"]))
+    given += settings + ([] if seed is None else [f"seed={seed}"])
+    own = config.retrain.for_method(override(config, given).retrain.method)
+    return override(replace(config, retrain=own), given)

@@ -10,7 +10,7 @@ from bce3s.train.selection import resolve_selection
 from pipelines.config import DataConfig, OrderConfig
 from pipelines.loaders import PlannedLoader, build_loader
 
-BALANCED_METHODS = ("crt", "lws")  # class-balanced sampling (Kang et al. 2020, 3); "bce" takes each image once an epoch
+BALANCED_METHODS = ("crt", "lws")  # class-balanced sampling (Kang et al. 2020); "bce" takes each image once an epoch
 
 
 def stage_two_order(method: str, batch_norm: str) -> OrderConfig:

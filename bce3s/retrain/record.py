@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from bce3s.checkpoint import CheckpointFolder
-from bce3s.config import TrainConfig, to_json
+from bce3s.config import RetrainConfig, TrainConfig, by_path, from_dict, to_json
 from bce3s.device import environment
+from bce3s.losses import resolve_method
 from bce3s.retrain.stage_one import FOLDER_PREFIX, STAGE, StageOne, file_checksum, stage_one_facts
 from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, read_json
 from bce3s.seeds import is_finished
-from bce3s.train import BEST_CHECKPOINT, newest_checkpoint
+from bce3s.train import BEST_CHECKPOINT, checkpoint_of_result, newest_checkpoint
+from bce3s.train.state import is_free_on_resume
 from pipelines.durable import publish_folder, write_atomically
 from pipelines.types import ConfigError, UserError
 
@@ -35,20 +39,63 @@ def discard_stage_twos(run: Path) -> None:
 def started_from(folder: Path, run: Path, checkpoint: str) -> bool:
     """Whether the stage two in `folder` says that it came of the very bytes that are the last or best checkpoint of `run` now."""
     path = newest_checkpoint(run) if checkpoint == "last" else run / BEST_CHECKPOINT
-    facts = read_json(folder / ENVIRONMENT_FILE)["stage_one"]
-    return path.is_file() and facts["crc32"] == file_checksum(path)
+    if not path.is_file():
+        return False
+    stat = path.stat()
+    return bool(read_json(folder / ENVIRONMENT_FILE)["stage_one"]["crc32"] == _checksum(path, stat.st_mtime_ns, stat.st_size))
+
+
+@functools.cache
+def _checksum(path: Path, modified_ns: int, num_bytes: int) -> str:
+    """A table asks for the same large files after every run."""
+    del modified_ns, num_bytes
+    return file_checksum(path)
 
 
 def require_same_retraining(folder: Path, config: TrainConfig) -> None:
-    """Raises `ConfigError` naming the first setting in which the stage two in `folder` differs from `config.retrain`."""
-    saved = read_json(folder / CONFIG_FILE)["retrain"]
-    asked = asdict(replace(config.retrain, learning_rate=config.retrain.peak_learning_rate()))
+    """The stage two in `folder`, in the folder of its stage one, is one that `fast-train --stages 2` makes of this config.
+
+    Args:
+        folder: of a finished stage two.
+        config: of the command.
+
+    Raises:
+        ConfigError: it came of a checkpoint that is not the run's result, or of another retraining, seed or data setting; names the first
+            that differs, and the command that makes it anew.
+    """
+    checkpoint = checkpoint_of_result(folder.parent)
+    saved = read_json(folder / CONFIG_FILE)
+    saved = by_path({**saved, "retrain": asdict(_retraining(saved).resolved())})
+    asked = by_path(json.loads(to_json(replace(resolve_method(config), retrain=config.retrain.resolved()))))
+    way_out = f"use the same, or make it anew with: {retraining_command(folder.parent, config.retrain)}"
+    started = read_json(folder / ENVIRONMENT_FILE)["stage_one"]["checkpoint"]
+    if (Path(started).name == BEST_CHECKPOINT) != (checkpoint == "best"):
+        other = "last" if checkpoint == "best" else "best"
+        raise ConfigError(f"{folder} was made from the {other} checkpoint, this command takes the {checkpoint} one; {way_out}")
     for name, value in asked.items():
-        if saved.get(name) != value:
-            raise ConfigError(
-                f"{folder} was made with retrain.{name}={saved.get(name)!r}, this command says {value!r}; use the same, "
-                f"or make it anew with 'bce3s retrain-classifier {folder.parent} --overwrite'"
-            )
+        if _matters(name) and name in saved and saved[name] != value:
+            raise ConfigError(f"{folder} was made with {name}={saved[name]!r}, this command says {value!r}; {way_out}")
+
+
+def _matters(name: str) -> bool:
+    """A loader serves the same order as any other, and what stands for "auto" may have changed."""
+    of_stage_two = name.startswith("retrain.") or (name.startswith("data.") and not is_free_on_resume(name))
+    return name == "seed" or (of_stage_two and name != "data.loader")
+
+
+def _retraining(saved: dict[str, Any]) -> RetrainConfig:
+    """Of a run's config; settings that were added to this code since have their defaults."""
+    return from_dict(RetrainConfig, saved.get("retrain", {}))
+
+
+def retraining_command(run: Path, asked: RetrainConfig) -> str:
+    """`retrain-classifier` of the run in folder `run` to this effect: with the settings that it would not take from there by itself."""
+    asked, own = asked.resolved(), _retraining(read_json(run / CONFIG_FILE))
+    without = asdict(own.for_method(asked.method).resolved())
+    method = [] if asked.method == own.method else ["--method", asked.method]
+    settings = [f"retrain.{name}={value}" for name, value in asdict(asked).items() if value != without[name]]
+    set_to = [part for setting in settings for part in ("--set", setting)]
+    return shlex.join(["bce3s", "retrain-classifier", str(run), *method, *set_to, "--overwrite"])
 
 
 def require_room(out: Path, *, overwrite: bool) -> None:

@@ -15,7 +15,8 @@ from bce3s.device import Placement, apply_numerics, resolve_device
 from bce3s.losses import resolve_method
 from bce3s.models import Recogniser
 from bce3s.runlog import ENVIRONMENT_FILE, read_json
-from bce3s.train import BEST_CHECKPOINT, load_last, load_run
+from bce3s.seeds import is_finished
+from bce3s.train import BEST_CHECKPOINT, checkpoint_of_result, load_last, load_run
 from pipelines.config import require, require_choice
 from pipelines.format import ShardSet, open_shards
 from pipelines.loaders import MADE_UP_PIXELS
@@ -64,12 +65,12 @@ def shards_of(run: Path, location: str | None) -> ShardSet:
     return open_shards(found)
 
 
-def load_stage_one(run: Path, checkpoint: str, shards: ShardSet, device: str) -> StageOne:
+def load_stage_one(run: Path, checkpoint: str | None, shards: ShardSet, device: str) -> StageOne:
     """The network of a run and what belongs to it.
 
     Args:
         run: its folder.
-        checkpoint: "last" is the newest that is whole, "best" that of the best epoch.
+        checkpoint: "last" is the newest that is whole, "best" that of the best epoch; None is whichever is the run's result.
         shards: what it was trained on.
         device: where to go on; "auto" chooses.
 
@@ -78,10 +79,12 @@ def load_stage_one(run: Path, checkpoint: str, shards: ShardSet, device: str) ->
         ConfigError: the shards are others than the run's, or the run has not ended.
         BackendError: the device cannot be used.
     """
-    require_choice("checkpoint", checkpoint, CHECKPOINTS)
+    require_choice("checkpoint", checkpoint or "last", CHECKPOINTS)
     resolve_device(device)  # before a large file is read
     is_second = read_json(run / ENVIRONMENT_FILE).get("stage") == STAGE
     require(not is_second, f"{run} is a stage two already; name the folder of its stage one")
+    if checkpoint is None:
+        checkpoint = checkpoint_of_result(run)
     path, skipped = run / BEST_CHECKPOINT, tuple[str, ...]()
     if checkpoint == "last":
         loaded = load_last(run)
@@ -92,6 +95,8 @@ def load_stage_one(run: Path, checkpoint: str, shards: ShardSet, device: str) ->
     config, placement, model = load_run(state, device)
     done, whole = state["cursor"]["epoch"], checkpoint == "best" or state["cursor"]["epoch"] >= config.epochs
     require(whole, f"{run} has done {done} of {config.epochs} epochs; finish stage one with 'bce3s fast-train … --resume' first")
+    # The best epoch so far is no result either: a later one may be better.
+    require(is_finished(run), f"{run} has not ended; finish stage one with 'bce3s fast-train … --resume' first")
     apply_numerics(config)
     # What a run was trained from a folder with cannot stream, or has no pixels of the images; "auto" finds what does.
     if not isinstance(shards.root, Path) or config.data.loader in MADE_UP_PIXELS:

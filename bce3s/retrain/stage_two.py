@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from bce3s.config import RetrainConfig, TrainConfig
-from bce3s.evaluate import classifier_rows, evaluate
+from bce3s.evaluate import evaluate
 from bce3s.metrics import Accuracy, FeatureStatistics, confidence_kind, format_percent
 from bce3s.retrain.class_balanced import ClassBalancedBCE, CrossEntropy, StageTwoLoss
 from bce3s.retrain.classifiers import start_retraining
@@ -26,7 +26,7 @@ from bce3s.retrain.loaders import BALANCED_METHODS, StageLoaders
 from bce3s.retrain.record import write_stage_two
 from bce3s.retrain.stage_one import StageOne
 from bce3s.retrain.steps import ClassifierSteps
-from bce3s.train import Cursor, RunResult, TrainingError, summary
+from bce3s.train import Cursor, RunResult, TrainingError, measure_with_geometry, summary
 from pipelines.config import OrderConfig
 from pipelines.order import SampleOrder
 
@@ -54,7 +54,7 @@ class StageTwo:
             ConfigError: the method does not fit the classifier, or there is nothing to evaluate on.
         """
         config, self.stage_one = stage_one.config, stage_one
-        self._retrain = replace(retrain, learning_rate=retrain.peak_learning_rate())
+        self._retrain = retrain.resolved()
         self._console, self._check, self._placement, self._model = console, check, stage_one.placement, stage_one.model
         self._retraining = start_retraining(self._model.classifier, config.model, self._retrain, config.seed)
         self._loaders = StageLoaders(self.stage_one, self._retrain)
@@ -140,7 +140,8 @@ class StageTwo:
         train, evaluated = self._loaders["train"], self._loaders[self._loaders.selection.split]
         with self._bar("features", train.num_steps * -(-kept // 2) + evaluated.num_steps) as advance:
             features_AND = training_features(backbone, train, labels_N, self._first_epoch, kept, advance)
-            self._kept_evaluation = evaluation_features(backbone, evaluated, advance)
+            evaluation_ND, evaluation_labels_N = evaluation_features(backbone, evaluated, advance)
+            self._kept_evaluation = evaluation_ND.float(), evaluation_labels_N
         self._features_s = time.perf_counter() - began_s
         order_config = OrderConfig(sampling="class-balanced")
         order = SampleOrder(labels_N, len(shards.class_names), self._retrain.batch_size, self.stage_one.config.seed, order_config)
@@ -155,7 +156,9 @@ class StageTwo:
 
     def _selection_accuracy(self) -> Accuracy:
         if self._kept_evaluation is not None:
-            return accuracy_on(*self._kept_evaluation, self._model.classifier, self._train_counts_K, self._placement)
+            # As in `evaluate`: the classifier in float32, whatever the backbone ran in.
+            in_full = replace(self._placement, precision="fp32")
+            return accuracy_on(*self._kept_evaluation, self._model.classifier, self._train_counts_K, in_full)
         return self._evaluate(self._loaders.selection.split)["plain"]
 
     def _evaluate(self, split: str, *, flip_tta: bool = False, features: FeatureStatistics | None = None) -> dict[str, Accuracy]:
@@ -173,9 +176,10 @@ class StageTwo:
         """The last epoch and the best one on the report split; the network ends with the last one's weights."""
         self._model.classifier = self._retraining.result()
         selection = self._loaders.selection
-        features = FeatureStatistics(len(self._train_counts_K), self._model.backbone.feature_dim, self._placement.device)
-        last = self._evaluate(selection.report_split, flip_tta=True, features=features)
-        geometry = features.geometry(classifier_rows(self._model.classifier), self._train_counts_K)
+        last, geometry = measure_with_geometry(
+            lambda features: self._evaluate(selection.report_split, flip_tta=True, features=features),
+            *(self._model, self._train_counts_K, self._placement.device, self._say),
+        )
         _, best_epoch, best_weights = self._best
         best = last["plain"] if best_epoch + 1 == len(self._lines) and self._lines else None
         if best is None and best_weights:

@@ -26,11 +26,12 @@ class ClassifierSteps:
             seed: with `first_epoch` + epoch and step it determines every class subset.
             first_epoch: number of epochs that stage one had, so that no draw is made twice.
         """
+        config = config.resolved()
         self._trained, self._loss, self._epochs, self._seed, self._first_epoch = trained, loss, config.epochs, seed, first_epoch
         learned = nn.ParameterList(parameter for parameter in trained.parameters() if parameter.requires_grad)
         device = learned[0].device
         self._rates = OptimizerConfig(
-            learning_rate=config.peak_learning_rate(), momentum=config.momentum, weight_decay=config.weight_decay, schedule="step"
+            learning_rate=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, schedule="step"
         )
         self._optimizer = build_optimizer(learned, self._rates, device)
         self._draw_key = torch.zeros((), dtype=torch.int64, device=device)

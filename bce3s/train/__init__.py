@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from bce3s.train.build import BEST_CHECKPOINT, average_applied, build_model, load_last, load_run, newest_checkpoint, saved_loader
+from bce3s.train.build import (
+    BEST_CHECKPOINT,
+    average_applied,
+    build_model,
+    checkpoint_of_result,
+    load_last,
+    load_run,
+    newest_checkpoint,
+    saved_loader,
+)
+from bce3s.train.geometry import measure_with_geometry
 from bce3s.train.result import RunResult, summary
 from bce3s.train.state import Cursor, require_same_record
 from bce3s.train.trainer import StoppedError, Trainer, TrainingError
@@ -16,8 +26,10 @@ __all__ = [
     "TrainingError",
     "average_applied",
     "build_model",
+    "checkpoint_of_result",
     "load_last",
     "load_run",
+    "measure_with_geometry",
     "newest_checkpoint",
     "require_same_record",
     "saved_loader",

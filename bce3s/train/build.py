@@ -66,6 +66,16 @@ def newest_checkpoint(run: Path) -> Path:
     return newest
 
 
+def checkpoint_of_result(run: Path) -> str:
+    """Whose weights are the result of the run in folder `run`: "best" where it selects on val and has them, else "last".
+
+    Raises:
+        UserError: its config is missing or damaged; names the path.
+    """
+    selects = read_json(run / CONFIG_FILE).get("select") == "val"
+    return "best" if selects and (run / BEST_CHECKPOINT).is_file() else "last"
+
+
 def _has_none(run: Path) -> CheckpointError:
     return CheckpointError(f"no checkpoint in {run}; train first with 'bce3s fast-train --out {run}'")
 

@@ -15,7 +15,7 @@ class RunResult:
     Args:
         last: after the last epoch, without test-time augmentation: the headline, unless `selects`.
         last_flip_tta: the same weights with flip test-time augmentation.
-        last_features: geometry of the same weights' features and classifier; None where it was not measured.
+        last_features: geometry of the same weights' classifier and features of `report_split`; None where it was not measured.
         best: of the checkpoint that was best on `selection_split`, after epoch `best_epoch` (from 0); None where its file is lost.
         last_average: of the moving average of the weights after the last epoch, None without one.
         selection_measure: the accuracy it was best by, "all" or "balanced".
@@ -67,11 +67,12 @@ def summary(result: RunResult) -> dict[str, Any]:
     if result.best_is_headline:
         headline = best_name
         measures = {best_name: measures.pop(best_name), **measures}
+    features = None if result.last_features is None else {"split": result.report_split, **result.last_features.figures()}
     return {
         **measures,
         "headline": headline,
         "selected_by": f"{result.selection_measure} on {result.selection_split}" if result.best_is_headline else None,
-        "last_epoch_features": None if result.last_features is None else result.last_features.figures(),
+        "last_epoch_features": features,
         "split": result.report_split,
         "images_per_s": result.images_per_s,
         "data_wait_share": result.data_wait_share,

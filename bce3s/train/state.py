@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bce3s.checkpoint import require_same_data
-from bce3s.config import TrainConfig, by_path, to_json
+from bce3s.config import TrainConfig, by_path, from_dict, to_json
 from bce3s.device import package_versions
 from bce3s.distributed import World, load_running_statistics, running_statistics
+from bce3s.losses import resolve_method
 from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, read_json
 from bce3s.step import TrainStep
 from bce3s.train.build import saved_loader
@@ -222,10 +223,11 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     """What changes results, by full name. "auto" may choose a loader by a rank's free memory; all but one of them serve the same order."""
     settings = by_path(json.loads(to_json(config)))
     settings["data.loader"] = settings["data.loader"] == "webdataset"
-    return {name: value for name, value in settings.items() if not _is_free(name)}
+    return {name: value for name, value in settings.items() if not is_free_on_resume(name)}
 
 
-def _is_free(name: str) -> bool:
+def is_free_on_resume(name: str) -> bool:
+    """Whether the setting `name`, such as "data.num_threads", may differ between a run and its continuation."""
     return name in _FREE_ON_RESUME or name.startswith("retrain.")
 
 
@@ -241,11 +243,31 @@ def require_same_record(run: Path, config: TrainConfig, shards: ShardSet) -> Non
 
 
 def require_same_config(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
-    """Raises `ConfigError` naming the first setting that differs, unless it is free to."""
-    before = by_path(saved)
+    """Raises `ConfigError` naming the first setting that differs, unless it is free to.
+
+    Args:
+        saved: config of a run; settings that were added to this code since have their defaults, as `load_run` reads it.
+        asked: config of the command.
+        path: of `saved`.
+
+    Raises:
+        ConfigError: also where `saved` has a setting or value that this code does not know any more.
+    """
+    try:
+        before = _completed(saved)
+    except ConfigError as error:
+        reason = str(error).partition("; known")[0]
+        raise ConfigError(
+            f"{path} was trained by another version of bce3s, which this one cannot continue ({reason}): take that one, or another --out"
+        ) from None
     # The method first: other settings follow from it.
-    for name, value in sorted(by_path(asked).items(), key=lambda setting: setting[0] != "loss.name"):
-        if before.get(name) != value and not _is_free(name):
+    for name, value in sorted(_completed(asked).items(), key=lambda setting: setting[0] != "loss.name"):
+        if before[name] != value and not is_free_on_resume(name):
             raise ConfigError(
-                f"{path} was trained with {name}={before.get(name)!r}, this command says {value!r}; use the same, or another --out"
+                f"{path} was trained with {name}={before[name]!r}, this command says {value!r}; use the same, or another --out"
             )
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of a config by its full name, also those that `values` lacks, and with what its method decides filled in."""
+    return by_path(json.loads(to_json(resolve_method(from_dict(TrainConfig, values)))))

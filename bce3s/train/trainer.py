@@ -17,7 +17,7 @@ from rich.console import Console
 from bce3s.config import TrainConfig, to_json
 from bce3s.device import Placement, apply_numerics, environment, resolve_placement
 from bce3s.distributed import ALONE, World
-from bce3s.evaluate import classifier_rows, evaluate
+from bce3s.evaluate import evaluate
 from bce3s.interrupt import StopRequest
 from bce3s.losses import build_loss, resolve_method
 from bce3s.metrics import Accuracy, FeatureStatistics, confidence_kind
@@ -26,6 +26,7 @@ from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog, read_metrics
 from bce3s.step import TrainStep
 from bce3s.throughput.waits import DataWaits, Occupancy, binding_sentence
 from bce3s.train.build import BEST_CHECKPOINT, build_model, load_last, without_pretrained
+from bce3s.train.geometry import measure_with_geometry
 from bce3s.train.loaders import RunLoaders
 from bce3s.train.means import all_finite
 from bce3s.train.result import RunResult, summary
@@ -312,10 +313,11 @@ class Trainer:
 
     def _final_result(self, progress: TrainingProgress) -> RunResult:
         cursor, selection = self.state.cursor, self.selection
-        features = FeatureStatistics(len(self.train_counts_K), self.model.backbone.feature_dim, self.placement.device)
         with self.state.rank_average():
-            last = self._evaluate(selection.report_split, progress, flip_tta=True, features=features)
-            geometry = features.geometry(classifier_rows(self.model.classifier), self.train_counts_K)
+            last, geometry = measure_with_geometry(
+                lambda features: self._evaluate(selection.report_split, progress, flip_tta=True, features=features),
+                *(self.model, self.train_counts_K, self.placement.device, self._say_loudly, self.world),
+            )
             average = None
             if self.step.average is not None:
                 with self.step.average.applied():

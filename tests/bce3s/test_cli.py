@@ -67,6 +67,7 @@ def test_features_and_adjusted_logits_stand_beside_the_plain_row(trained: tuple[
     assert list(figures) == [name, f"{name}, adjusted τ=0.5", f"{name}, flip TTA", f"{name}, flip TTA, adjusted τ=0.5", "features"]
     assert {name: figures["features"][name] for name in lines[-1]["last_epoch_features"]} == lines[-1]["last_epoch_features"]
     assert len(figures["features"]["compactness_K"]) == 4
+    assert figures["features"]["split"] == "test"
     # The training images, as they are evaluated: all of them, and every class with a mean.
     found = run("evaluate", "runs/one", "--features", "--split", "train", "--checkpoint", "best", cwd=folder)
     assert found.returncode == 0, found.stderr

@@ -75,8 +75,16 @@ def test_stage_two_is_the_authors_and_its_rate_follows_the_batch() -> None:
     for recipe in RECIPES.values():
         retrain = recipe().retrain
         assert (retrain.method, retrain.epochs, retrain.effective_number_beta, retrain.negative_ratio) == ("bce", 10, 0.99999, 0.4)
-        assert retrain.learning_rate == pytest.approx(1e-4 * retrain.batch_size / 64)
-        assert retrain.weight_decay == 0
+        used = retrain.resolved()
+        assert used.learning_rate == pytest.approx(1e-4 * retrain.batch_size / 64)
+        assert used.weight_decay == 0
+
+
+def test_every_recipe_leaves_each_method_of_stage_two_its_own_rate() -> None:
+    for recipe in RECIPES.values():
+        for method in ("crt", "lws"):
+            used = replace(recipe().retrain, method=method).resolved()
+            assert (used.learning_rate, used.weight_decay) == (pytest.approx(0.2 * used.batch_size / 512), 5e-4)
 
 
 def test_epochs_are_selected_on_val_only_where_the_field_has_one() -> None:

@@ -45,6 +45,47 @@ def test_one_seed_has_no_deviation() -> None:
     assert combine({3: summary(50.0, 1.0)})["figures"]["last_epoch_no_tta"]["all"] == {"mean": 50.0, "sd": None}
 
 
+def selected(overall: float) -> dict[str, Any]:
+    best = {**summary(overall, 3.0)["last_epoch_no_tta"], "epoch": 1}
+    return {**summary(50.0, 3.0), "best_on_val_no_tta": best, "headline": "best_on_val_no_tta", "selected_by": "all on val"}
+
+
+def test_the_headline_of_the_seeds_is_theirs_and_leads_the_table() -> None:
+    combined = combine({0: selected(60.0), 1: selected(62.0)})
+    assert (combined["headline"], combined["selected_by"]) == ("best_on_val_no_tta", "all on val")
+    assert list(combined["figures"]) == ["best_on_val_no_tta", "last_epoch_no_tta"]
+    with (console := Console(width=120)).capture() as captured:
+        console.print(seeds_table(combined))
+    assert captured.get().index("61.00") < captured.get().index("50.00")
+    # A run from before summaries named it is of its last epoch.
+    assert combine({0: summary(1.0, 1.0), 1: {**summary(2.0, 1.0), "headline": "last_epoch_no_tta"}})["headline"] == "last_epoch_no_tta"
+
+
+def test_seeds_with_different_headlines_have_no_mean() -> None:
+    for other in (summary(50.0, 1.0), {**selected(60.0), "selected_by": "balanced on val"}):
+        with pytest.raises(
+            ConfigError, match=r"seed 3's result is best_on_val_no_tta by all on val, seed 5's is .* --resume --select last"
+        ):
+            combine({3: selected(60.0), 5: other})
+
+
+def test_a_figure_of_some_seeds_says_of_how_many() -> None:
+    lost = {name: value for name, value in selected(60.0).items() if name != "best_on_val_no_tta"} | {"headline": "last_epoch_no_tta"}
+    beside = {**selected(62.0), "headline": "last_epoch_no_tta", "last_epoch_features": {"split": "test", "compactness": {"mean": 0.5}}}
+    few = {**lost, "last_epoch_no_tta": {**lost["last_epoch_no_tta"], "few": None, "ece": 4.0}}
+    combined = combine({0: lost, 1: beside, 2: few})
+    figures = combined["figures"]["last_epoch_no_tta"]
+    assert figures["few"] == {"mean": 3.0, "sd": 0.0, "n": 2}
+    assert figures["ece"] == {"mean": 4.0, "sd": None, "n": 1}
+    assert "n" not in figures["all"]
+    assert combined["features"] == {"compactness.mean": {"mean": 0.5, "sd": None, "n": 1}}
+    assert combined["left_out"] == ["best_on_val_no_tta"]
+    with (console := Console(width=200)).capture() as captured:
+        console.print(seeds_table(combined))
+    assert "3.00 ± 0.00 (n = 2)" in captured.get()
+    assert "not of every seed and left out: best on val no TTA" in " ".join(captured.get().split())
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [("0,x", "takes whole numbers"), ("", "takes whole numbers"), ("1,1", "names a seed twice"), ("0,-1", "from 0 on")],

@@ -21,7 +21,7 @@ from bce3s.distributed import ALONE, World, join_world, leave_world
 from bce3s.evaluate import classifier_rows, evaluate
 from bce3s.evaluate.split import prior_shift
 from bce3s.metrics import FeatureStatistics
-from bce3s.models import build_recogniser
+from bce3s.models import Recogniser, build_recogniser
 from pipelines.config import AugmentConfig, DataConfig
 from pipelines.format import ShardSet, open_shards
 from pipelines.loaders import build_loader
@@ -162,6 +162,25 @@ def test_training_images_are_evaluated_once_each_and_unaugmented(shards: ShardSe
 def test_training_images_are_counted_as_any_others(shards: ShardSet) -> None:
     accuracies, geometry = over(shards, "train")
     assert (accuracies["plain"]["num_images"], geometry["num_images"]) == (74, 74)
+
+
+def per_class(model: Recogniser, shards: ShardSet, precision: str) -> dict[str, Any]:
+    loader = build_loader(shards, "test", DATA, seed=0, device=CPU)
+    found = evaluate(model, loader, TRAIN_COUNTS, AUGMENT, Placement(CPU, precision, False), flip_tta=True)
+    loader.close()
+    return {name: accuracy.per_class for name, accuracy in found.items()}
+
+
+def test_logits_that_bfloat16_would_tie_do_not_go_to_the_larger_class(shards: ShardSet) -> None:
+    torch.manual_seed(0)
+    model = build_recogniser(ModelConfig(arch="resnet8-cifar", projection_dim=4, classifier="linear"), 4)
+    with torch.no_grad():
+        # Features behind a ReLU are positive: the last class wins on every image, by a thousandth.
+        model.classifier.weight.copy_(torch.tensor([1.0, 0.9, 0.9, 1.001])[:, None].expand_as(model.classifier.weight))
+        model.classifier.bias.zero_()
+    assert torch.tensor(1.001).bfloat16() == 1.0
+    for precision in ("bf16", "fp32"):
+        assert per_class(model, shards, precision) == dict.fromkeys(("plain", "flip_tta"), (0.0, 0.0, 0.0, 100.0))
 
 
 def run_rank(rank: int, size: int, port: int, root: Path, out: Path) -> None:

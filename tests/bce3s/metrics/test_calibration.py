@@ -87,9 +87,10 @@ def test_extreme_and_broken_logits_stay_in_the_bins() -> None:
 
 
 def test_every_method_says_what_its_confidence_is() -> None:
-    kinds = {name: confidence_kind(LossConfig(name=name)) for name in LOSSES}
-    assert {kinds["bce3s"], kinds["bce"]} == {"sigmoid"}
-    assert kinds["ce"] == "softmax"
+    # All of them, so that a new method is not forgotten: is its classifier trained by K binary decisions, or by a softmax?
+    sigmoid = dict.fromkeys(("bce3s", "bce", "tsl", "focal", "cb-focal"), "sigmoid")
+    softmax = dict.fromkeys(("ce", "cb-ce", "balanced-softmax", "logit-adjusted", "ldam-drw", "glmc", "bcl"), "softmax")
+    assert {name: confidence_kind(LossConfig(name=name)) for name in LOSSES} == sigmoid | softmax
     assert confidence_kind(LossConfig(name="tsl", joint="bce")) == "sigmoid"
     assert confidence_kind(LossConfig(name="tsl", joint="ce")) == "softmax"
     # A classifier that stage two trained anew is judged by what trained it last.

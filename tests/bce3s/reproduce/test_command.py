@@ -15,7 +15,6 @@ import pytest
 
 from bce3s.reproduce import train as training
 from bce3s.reproduce.collect import collect
-from bce3s.reproduce.grid import with_settings
 from bce3s.reproduce.runs import plan_run
 from bce3s.reproduce.tables import build_table
 from bce3s.runlog import read_metrics
@@ -54,6 +53,9 @@ def test_a_table_is_made_and_grows(shards: Path, tmp_path: Path) -> None:
     assert row["figures"]["last_epoch_no_tta"]["few"] == {"mean": said["few"], "sd": None}
     assert row["by_seed"]["0"]["last_epoch_no_tta"]["all"] == said["all"]
     assert row["published"]["all"] == 51.48
+    # Evaluated at the end alone, so the best epoch is the last one by name only, and no figure beside it.
+    assert "best_on_test_no_tta" in summary_of(out / "runs" / "ce-s0")
+    assert "best_on_test_no_tta" not in row["figures"]
     assert row["cost"]["wall_s"] > row["cost"]["train_s"] > 0
     assert row_of(out, "bce3s")["n"] == 0
     page = (out / "ablation-cifar100.md").read_text()
@@ -70,7 +72,7 @@ def test_a_table_is_made_and_grows(shards: Path, tmp_path: Path) -> None:
     assert {row["name"]: row["n"] for row in printed["rows"]}.items() >= {"ce": 1, "bce": 1, "uniform": 1, "bce3s": 0}.items()
     assert (out / "runs" / "ce-s0" / "metrics.jsonl").read_bytes() == before
     # Runs of other settings are not mixed into the table, and not trained over.
-    longer = with_settings(build_table("ablation-cifar100", "small"), ["epochs=2"])
+    longer = build_table("ablation-cifar100", "small", ["epochs=2"])
     assert [row["n"] for row in collect(longer, out, {}, (0,), "auto", ())["rows"]] == [0] * 6
     other = run(*command[:-2], "--out", str(out), "--rows", "ce", "--seeds", "0", "--set", "log_every=3", "--set", "epochs=2", cwd=tmp_path)
     assert other.returncode == 2
@@ -90,12 +92,15 @@ def test_killed_in_the_middle_the_same_command_goes_on(shards: Path, tmp_path: P
     assert finish(process) == -signal.SIGKILL
     assert (row_of(out, "ce")["n"], row_of(out, "bce")["n"]) == (1, 0)
     assert not is_finished(going)
+    noted = json.loads((going / "reproduce.json").read_text())
+    (going / "reproduce.json").write_text(json.dumps({**noted, "commits": ["earlier"]}))
     before = (out / "runs" / "ce-s0" / "metrics.jsonl").read_bytes()
     assert finish(begin(command, output)) == 0, output.read_text()
     assert "2 runs, 1 finished before" in output.read_text()
     assert "continuing after" in output.read_text()
     assert (out / "runs" / "ce-s0" / "metrics.jsonl").read_bytes() == before
     assert [line["epoch"] for line in read_metrics(going) if line["kind"] == "epoch"] == list(range(12))
+    assert json.loads((going / "reproduce.json").read_text())["commits"] == ["earlier", *noted["commits"]]
     assert row_of(out, "bce")["cost"]["wall_s"] is None  # it was stopped: nobody can say how long it would have taken
     assert row_of(out, "ce")["cost"]["wall_s"] > 0
 

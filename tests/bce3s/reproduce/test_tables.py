@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
 
 from bce3s.losses import LOSSES
-from bce3s.reproduce.grid import BUDGETS, Table, with_settings
+from bce3s.reproduce.grid import BUDGETS
 from bce3s.reproduce.runs import plan_runs
 from bce3s.reproduce.tables import TABLES, build_table, select_rows
 from pipelines.types import ConfigError
@@ -58,9 +59,41 @@ def test_published_differences_are_those_of_the_paper() -> None:
     assert said["bce3s", "ce", "few"] == pytest.approx(7.13)
     main = build_table("cifar-main", "full")
     published = {row.name: row.published.all for row in main.rows if row.published is not None}
-    assert [published[f"bce3s-c100-if{factor}"] for factor in (100, 50, 10)] == [59.50, 65.23, 76.13]
+    assert [published[f"both-stages-c100-if{factor}"] for factor in (100, 50, 10)] == [59.50, 65.23, 76.13]
     assert [published[f"glmc-max-norm-c100-if{factor}"] for factor in (100, 50, 10)] == [58.41, 64.57, 74.28]
-    assert (published["bce3s-c10-if100"], published["glmc-max-norm-c10-if100"]) == (90.08, 89.58)
+    assert (published["both-stages-c10-if100"], published["glmc-max-norm-c10-if100"]) == (90.08, 89.58)
+
+
+def test_figures_that_were_measured_otherwise_have_no_published_difference() -> None:
+    beyond, methods, main = (build_table(name, "full") for name in ("beyond-cifar100", "methods-cifar100", "cifar-main"))
+    stages = next(claim for claim in beyond.claims if claim.better == "stage-two")
+    assert all(beyond.row(name).published is not None for name in (stages.better, stages.worse))
+    assert beyond.published_difference(stages) is None  # of another stage one (traps.md A10)
+    assert "another stage one" in str(beyond.row("stage-two").published)
+    said = {claim.worse: methods.published_difference(claim) for claim in methods.claims}
+    assert said["ce"] == pytest.approx(4.51)
+    assert said["glmc"] is None
+    assert all(main.published_difference(claim) is None for claim in main.claims)
+
+
+def test_a_source_has_one_label_in_every_table() -> None:
+    methods, main = build_table("methods-cifar100", "full"), build_table("cifar-main", "full")
+    for name in ("glmc", "proco"):
+        theirs, ours = methods.row(name).published, main.row(f"{name}-c100-if100").published
+        assert theirs == ours
+        assert "another subset" in str(ours)
+    labels = {row.published.label for row in build_table("ablation-cifar100", "full").rows if row.published is not None}
+    assert labels == {"paper, second-hand; stage one; flip TTA and best on test as far as the authors' log shows"}
+
+
+def test_the_main_table_judges_stage_one_against_stage_one() -> None:
+    table = build_table("cifar-main", "full")
+    for claim in table.claims:
+        better, worse = table.row(claim.better), table.row(claim.worse)
+        assert better.stages == worse.stages or better.runs == worse.name
+    runs = plan_runs(table, select_rows(table, None), (0,), {}, Path("out"))
+    assert len(runs) == 3 * 6  # both stages take no training of their own
+    assert {run.name for run in runs if run.stages == 2} == {row.name + "-s0" for row in table.rows if row.name.startswith("bce3s-")}
 
 
 def test_all_methods_have_a_row() -> None:
@@ -103,7 +136,28 @@ def test_names_that_are_none_are_answered_with_those_there_are() -> None:
         select_rows(build_table("cifar-main", "full"), "glmc-c10-if100")  # only published
 
 
-def test_settings_for_all_rows_are_on_the_page() -> None:
-    table: Table = with_settings(build_table("ablation-cifar100", "full"), ["epochs=2"])
+def test_settings_for_all_rows_are_on_the_page_and_in_what_a_row_computes() -> None:
+    table = build_table("ablation-cifar100", "full", ["epochs=2"])
     assert {run.config.epochs for run in plan_runs(table, table.rows, (0,), {}, Path("out"))} == {2}
     assert table.notes[-1] == "Other than the budget's, for all rows: epochs=2."
+    set_to = ["epochs=100", "data.batch_size=128", "optimizer.learning_rate=0.02", "optimizer.warmup_epochs=7"]
+    beyond = build_table("beyond-cifar100", "full", set_to)
+    runs = {run.name: run.config for run in plan_runs(beyond, select_rows(beyond, None), (0,), {}, Path("out"))}
+    assert runs["warm-up-s0"].loss.contrastive_warmup_epochs == 10
+    larger = runs["batch-512-s0"]
+    assert (larger.data.batch_size, larger.optimizer.learning_rate, larger.optimizer.warmup_epochs) == (512, 0.08, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "sentence"),
+    [
+        ("ablation-cifar100", "seed=5", "--set seed=… does not go with a table: name the seeds of its runs with --seeds"),
+        ("ablation-cifar100", "dataset=demo", "--set dataset=… does not go with a table: its rows name theirs, take another table"),
+        ("cifar-main", " device =cpu", "--set device=… does not go with a table: name the device with --device"),
+        ("ablation-cifar100", "loss.name=ce", "is for all rows, and the row ce of ablation-cifar100 sets loss.name itself; leave it out"),
+        ("beyond-cifar100", "loss.contrastive_warmup_epochs=3", "and the row warm-up of beyond-cifar100 sets loss.contrastive_warmup_ep"),
+    ],
+)
+def test_a_setting_that_cannot_be_for_all_rows_is_a_sentence(name: str, setting: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        build_table(name, "full", ["epochs=2", setting])

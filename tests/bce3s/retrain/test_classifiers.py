@@ -81,7 +81,25 @@ def test_max_norm_where_no_row_is_trained_is_refused() -> None:
         RetrainConfig(method="lws", max_norm=0.1)
 
 
-@pytest.mark.parametrize(("method", "batch_size", "rate"), [("bce", 64, 1e-4), ("crt", 512, 0.1), ("lws", 64, 0.0125)])
-def test_each_method_has_a_learning_rate_of_its_own(method: str, batch_size: int, rate: float) -> None:
-    assert RetrainConfig(method=method, batch_size=batch_size).peak_learning_rate() == pytest.approx(rate)
-    assert RetrainConfig(method=method, learning_rate=0.3).peak_learning_rate() == 0.3
+@pytest.mark.parametrize(
+    ("method", "batch_size", "rate", "decay"),
+    [("bce", 64, 1e-4, 0.0), ("bce", 256, 4e-4, 0.0), ("crt", 512, 0.2, 5e-4), ("crt", 64, 0.025, 5e-4), ("lws", 64, 0.025, 5e-4)],
+)
+def test_each_method_has_a_rate_and_a_weight_decay_of_its_own(method: str, batch_size: int, rate: float, decay: float) -> None:
+    own = RetrainConfig(method=method, batch_size=batch_size).resolved()
+    assert (own.learning_rate, own.weight_decay) == (pytest.approx(rate), decay)
+    assert own.resolved() == own
+    given = RetrainConfig(method=method, learning_rate=0.3, weight_decay=0.0)
+    assert given.resolved() == given
+
+
+def test_another_method_takes_over_neither_rate_nor_weight_decay() -> None:
+    saved = RetrainConfig(method="bce", learning_rate=1e-4, weight_decay=0.0, epochs=3)
+    assert saved.for_method("bce") == saved
+    assert saved.for_method("crt") == RetrainConfig(method="crt", epochs=3)
+
+
+@pytest.mark.parametrize("decay", [-0.5, float("inf"), float("nan")])
+def test_a_weight_decay_that_is_none_is_refused(decay: float) -> None:
+    with pytest.raises(ConfigError, match="weight_decay is 0 or more, or -1 for the method's own"):
+        RetrainConfig(weight_decay=decay)

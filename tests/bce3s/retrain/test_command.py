@@ -6,19 +6,22 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
 from bce3s.cli import app
+from bce3s.retrain.stage_two import StageTwo
 from bce3s.runlog import read_metrics
 from bce3s.seeds import summary_of
 from pipelines.types import UserError
-from tests.bce3s.retrain.stages import train_stage_one
-from tests.bce3s.train.runs import wait_until
+from tests.bce3s.retrain.stages import RETRAIN, stage_one_of, train_stage_one
+from tests.bce3s.train.runs import console, wait_until
 from tests.commands import begin, finish
 
 FAST = ("--epochs", "1", "--device", "cpu")
@@ -160,6 +163,21 @@ def test_both_stages_of_every_seed_and_only_what_is_missing_after_a_stop(make_sh
     assert finish(process) == 0, (tmp_path / "slow.txt").read_text()
     assert "stopped by SIGTERM after epoch 1, and saved; continue with: bce3s fast-train" in (tmp_path / "slow.txt").read_text()
     assert not (out / "s0" / "stage2-bce").exists()
+
+
+def test_epochs_are_compared_by_logits_that_are_not_rounded(make_shards: Any, tmp_path: Path) -> None:
+    """In bfloat16 the logits of the first class and the last would be equal, and the first, the largest, would win."""
+    shards = make_shards(val=2)
+    stage_one = stage_one_of(train_stage_one(shards, tmp_path / "run", "linear"), shards)
+    stage_two = StageTwo(replace(stage_one, placement=replace(stage_one.placement, precision="bf16")), RETRAIN, console())
+    stage_two._kept_features()
+    classifier = stage_one.model.classifier
+    with torch.no_grad():
+        classifier.weight.copy_(torch.tensor([1.0, 0.9, 0.9, 1.001])[:, None].expand_as(classifier.weight))
+        classifier.bias.zero_()
+    kept = stage_two._selection_accuracy()
+    assert kept.per_class == stage_two._evaluate("val")["plain"].per_class == (0.0, 0.0, 0.0, 100.0)
+    stage_two._loaders.close()
 
 
 def test_more_stages_than_there_are_is_a_sentence(make_shards: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from bce3s.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from bce3s.config import CheckpointConfig, LossConfig, TrainConfig
 from bce3s.runlog import read_metrics
-from bce3s.train import Trainer, newest_checkpoint, saves
+from bce3s.train import Trainer, newest_checkpoint, require_same_record, saves
 from pipelines.types import ConfigError
 from tests.bce3s.train.runs import CONFIG, CPU, assert_equal_states, console, train, weights
 
@@ -170,6 +171,51 @@ def test_resume_refuses_another_dataset_other_shards_and_another_config(make_sha
         with pytest.raises(ConfigError, match=sentence):
             trainer.resume()
         trainer.close()
+
+
+def rewrite_settings(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the config that a run keeps, in its record and in its checkpoint."""
+    path = newest_checkpoint(run)
+    state = load_checkpoint(path, CPU)
+    settings = json.loads(state["config"])
+    change(settings)
+    save_checkpoint(path, {**state, "config": json.dumps(settings)})
+    (run / "config.json").write_text(json.dumps(settings))
+
+
+def test_a_run_of_older_code_goes_on_with_the_defaults_of_what_it_did_not_know(make_shards: Any, tmp_path: Path) -> None:
+    shards, run, config = make_shards(), tmp_path / "run", replace(CONFIG, epochs=1)
+    train(config, shards, run)
+
+    def forget(settings: dict[str, Any]) -> None:
+        for group, names in ((settings, ("retrain", "select")), (settings["model"], ("classifier", "bias_prior"))):
+            for name in names:
+                del group[name]
+        del settings["data"]["order"]["partner"]
+
+    rewrite_settings(run, forget)
+    require_same_record(run, config, shards)
+    linear = replace(config, model=replace(config.model, classifier="linear"))
+    trainer = Trainer(linear, shards, run, console())
+    for refused in (trainer.resume, lambda: require_same_record(run, linear, shards)):
+        with pytest.raises(ConfigError, match=r"was trained with model\.classifier='normalized', this command says 'linear'"):
+            refused()
+    trainer.close()
+    train(config, shards, run, resume=True)
+
+
+@pytest.mark.parametrize(("value", "reason"), [({"spin": 1}, r"unknown setting 'loss\.spin'"), ({"name": "gone"}, "unknown method 'gone'")])
+def test_a_run_of_another_version_is_refused_in_one_sentence(make_shards: Any, tmp_path: Path, value: dict[str, Any], reason: str) -> None:
+    shards, run, config = make_shards(), tmp_path / "run", replace(CONFIG, epochs=1)
+    train(config, shards, run)
+    rewrite_settings(run, lambda settings: settings["loss"].update(value))
+    trainer = Trainer(config, shards, run, console())
+    for refused in (trainer.resume, lambda: require_same_record(run, config, shards)):
+        with pytest.raises(
+            ConfigError, match=rf"was trained by another version of bce3s, .* \({reason}\): take that one, or another --out"
+        ):
+            refused()
+    trainer.close()
 
 
 def test_a_continuation_may_save_more_often(make_shards: Any, tmp_path: Path) -> None:

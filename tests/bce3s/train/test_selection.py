@@ -132,6 +132,7 @@ def test_seeds_are_summed_up_with_their_calibration_and_features(make_shards: An
     combined = combine({0: found, 1: found})
     assert set(combined["figures"]) == {"last_epoch_no_tta", "last_epoch_flip_tta", "best_on_test_no_tta"}
     assert combined["figures"]["last_epoch_no_tta"]["ece"]["mean"] == pytest.approx(found["last_epoch_no_tta"]["ece"])
+    assert found["last_epoch_features"]["split"] == "test"
     compactness = found["last_epoch_features"]["compactness"]["medium"]["mean"]
     assert combined["features"]["compactness.medium.mean"] == {"mean": pytest.approx(compactness), "sd": 0.0}
     assert combined["features"]["collapse.nc1"]["mean"] == pytest.approx(found["last_epoch_features"]["collapse"]["nc1"])
