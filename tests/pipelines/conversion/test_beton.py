@@ -80,10 +80,11 @@ def libjpeg_pixels(encoded: bytes) -> np.ndarray:
 def read_by_ffcv(path: Path, image_decoder: Any, batch_size: int = 7) -> tuple[list[np.ndarray], list[int]]:
     """Every image and label, in the order of a stock loader without custom fields.
 
-    In a child: what FFCV's loader leaves to the garbage collector complains at some later moment, in the middle of another test.
+    In a child: what FFCV's loader leaves to the garbage collector complains at some later moment, in the middle of another test. Not forked
+    from here: other tests have started threads in this process, and FFCV crashed in such a child.
     """
     out = path.with_suffix(".npz")
-    child = multiprocessing.get_context("fork").Process(target=_load_all, args=(path, image_decoder, batch_size, out))
+    child = multiprocessing.get_context("forkserver").Process(target=_load_all, args=(path, image_decoder, batch_size, out))
     child.start()
     child.join(120)
     assert child.exitcode == 0
