@@ -87,14 +87,17 @@ class TestManifestsAndIndexes:
     @pytest.mark.parametrize("split", ["train", "val"])
     @pytest.mark.parametrize("kind", headers())
     def test_other_files_are_refused_without_memory_for_what_they_promise(self, copied: Path, split: str, kind: str) -> None:
-        assert holds_up(copied)  # once before: modules that are imported only now are not what the file asks for
         (copied / f"{split}.index.npy").write_bytes(headers()[kind])
-        tracemalloc.start()
-        try:
-            assert holds_up(copied) == (kind == "none" and split == "val")
-            assert tracemalloc.get_traced_memory()[1] < _MAX_BYTES
-        finally:
-            tracemalloc.stop()
+        peaks = []
+        # Three times: a process that hundreds of other tests have run in takes memory of its own now and then, a file asks for it each time.
+        for _ in range(3):
+            tracemalloc.start()
+            try:
+                assert holds_up(copied) == (kind == "none" and split == "val")
+                peaks.append(tracemalloc.get_traced_memory()[1])
+            finally:
+                tracemalloc.stop()
+        assert min(peaks) < _MAX_BYTES
 
     @pytest.mark.parametrize(
         ("field", "value", "sentence"),
