@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -14,13 +13,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pipelines.config import require, require_choice
-from pipelines.types import SPLITS, ShardError
+from pipelines.types import SPLITS
 
 if TYPE_CHECKING:
-    from bce3s.config import TrainConfig
     from bce3s.metrics import Accuracy, FeatureGeometry
     from pipelines.format import ShardSet
-    from pipelines.loaders import PlannedLoader
 
 
 def evaluate_run(
@@ -41,17 +38,24 @@ def evaluate_run(
     require_choice("checkpoint", checkpoint or "last", ("last", "best"))
     tau = adjust_logits or 0.0
     require(0 <= tau < math.inf, f"--adjust-logits takes a τ from 0 on, such as 1, not {tau}")
+    from bce3s.checkpoint import require_same_data
     from bce3s.device import resolve_device
     from bce3s.evaluate.table import geometry_tables
     from bce3s.progress import accuracy_table
     from bce3s.runlog import ENVIRONMENT_FILE, read_json
-    from bce3s.train import checkpoint_of_result
+    from bce3s.train import checkpoint_of_result, load_trained, shards_of
+    from pipelines.format.bus_error import explain_bus_errors_of
 
     recorded = read_json(run / ENVIRONMENT_FILE)
     resolve_device(device)  # before a large file is read
     checkpoint = checkpoint or ("last" if average else checkpoint_of_result(run))  # no best checkpoint keeps an average
-    state, path = _load(run, checkpoint)
-    opened = _open_shards(run, shards, str(recorded.get("shards", "")), state, path)
+    loaded = load_trained(run, checkpoint)
+    state, path = loaded.state, loaded.path
+    for sentence in loaded.skipped:
+        typer.echo(f"warning: {sentence}; taking the one before", err=True)
+    opened = shards_of(run, shards)
+    require_same_data(state, path, opened.dataset, opened.fingerprint, opened.root)
+    explain_bus_errors_of(opened.root)
     console = Console(stderr=json_output)
     retrained_with = _retrained_with(recorded, state)
     name = f"stage two ({retrained_with}), " if retrained_with else ""
@@ -71,37 +75,6 @@ def evaluate_run(
     console.print(accuracy_table(f"{run}, {split} split", rows, caption))
     if geometry:
         console.print(geometry_tables(f"{name}: features of the {split} split, and classifier", geometry))
-
-
-def _load(run: Path, checkpoint: str) -> tuple[dict[str, Any], Path]:
-    """The newest checkpoint that is whole, or the best, and where it lies."""
-    import torch
-
-    from bce3s.checkpoint import load_checkpoint
-    from bce3s.train import BEST_CHECKPOINT, load_last
-
-    if checkpoint == "best":
-        return load_checkpoint(run / BEST_CHECKPOINT, torch.device("cpu")), run / BEST_CHECKPOINT
-    loaded = load_last(run)
-    for sentence in loaded.skipped:
-        typer.echo(f"warning: {sentence}; taking the one before", err=True)
-    return loaded.state, loaded.path
-
-
-def _open_shards(run: Path, shards: str | None, recorded: str, state: dict[str, Any], path: Path) -> ShardSet:
-    """Those that were named, or those the run was trained on; the classes must be the run's."""
-    from bce3s.checkpoint import require_same_data
-    from pipelines.format import open_shards
-    from pipelines.format.bus_error import explain_bus_errors_of
-    from pipelines.store import is_remote
-
-    location = shards or recorded
-    if shards is None and not is_remote(location) and not Path(location).is_dir():
-        raise ShardError(f"the shards of {run} are not at {location} any more; name where they are with --shards")
-    opened = open_shards(location)
-    require_same_data(state, path, opened.dataset, opened.fingerprint, opened.root)
-    explain_bus_errors_of(opened.root)
-    return opened
 
 
 class _Measuring(NamedTuple):
@@ -127,10 +100,12 @@ def _measure(
 
     from bce3s.evaluate.split import classifier_rows, evaluate
     from bce3s.metrics import FeatureStatistics, confidence_kind
-    from bce3s.train import average_applied, load_run
+    from bce3s.train import average_applied, load_run, with_loader_for
+    from pipelines.loaders import build_loader
 
     config, placement, model = load_run(state, device)
-    data = _loader(shards, asked.split, config, placement.device)
+    config = with_loader_for(config, shards)
+    data = build_loader(shards, asked.split, config.data, seed=config.seed, device=placement.device, training=False)
     statistics = FeatureStatistics(len(state["class_names"]), model.backbone.feature_dim, placement.device) if asked.features else None
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"evaluating {asked.split}", total=data.num_steps)
@@ -147,16 +122,6 @@ def _measure(
             geometry = statistics.geometry(classifier_rows(model.classifier), counts_K) if statistics else None
     data.close()
     return figures, geometry
-
-
-def _loader(shards: ShardSet, split: str, config: TrainConfig, device: Any) -> PlannedLoader:
-    """The split as it is evaluated."""
-    from pipelines.loaders import MADE_UP_PIXELS, build_loader
-
-    # What a run was trained from a folder with cannot stream, or has no pixels of the images; "auto" finds what does.
-    other = not isinstance(shards.root, Path) or config.data.loader in MADE_UP_PIXELS
-    data_config = replace(config.data, loader="auto") if other else config.data
-    return build_loader(shards, split, data_config, seed=config.seed, device=device, training=False)
 
 
 def _measured(checkpoint: str, state: dict[str, Any], shards: ShardSet) -> str:

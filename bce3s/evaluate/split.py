@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bce3s.device import Placement
 from bce3s.distributed import ALONE, World
+from bce3s.losses.terms import prior_shift
 from bce3s.metrics import Accuracy, FeatureStatistics, ReliabilityBins, accuracy_from_counts
 from bce3s.models import LinearClassifier, NormalizedClassifier, Recogniser
 from pipelines.augment.mix import channel_statistics, normalise
@@ -56,7 +56,7 @@ def evaluate(
     mean, std = channel_statistics(augment, placement.device)
     names = ("plain", "flip_tta") if flip_tta else ("plain",)
     rows = {name: _Row(len(train_counts_K), placement.device, confidence) for name in names}
-    shift_K = prior_shift(train_counts_K, adjust_logits).to(placement.device) if adjust_logits else None
+    shift_K = prior_shift(torch.from_numpy(train_counts_K), adjust_logits).to(placement.device) if adjust_logits else None
     if shift_K is not None:
         rows |= {f"{name}_adjusted": _Row(len(train_counts_K), placement.device, confidence) for name in names}
     total_K = torch.zeros(len(train_counts_K), dtype=torch.int64, device=placement.device)
@@ -78,16 +78,6 @@ def evaluate(
         features.sum_over(world)
     totals_K = world.sum(total_K).cpu().numpy()
     return {name: row.accuracy(world, totals_K, train_counts_K) for name, row in rows.items()}
-
-
-def prior_shift(train_counts_K: IntArray, tau: float) -> Tensor:
-    """τ·log(K·π_k), float32 [K], what post-hoc logit adjustment takes from the logits (Menon et al. 2021, eq. 9: z − τ·log π).
-
-    The constant log K changes neither a prediction nor a softmax; under sigmoids it keeps a class of the average size as confident as it
-    was. A class without training images counts as if it had one.
-    """
-    counts_K = np.maximum(train_counts_K, 1).astype(np.float64)
-    return torch.from_numpy(tau * np.log(counts_K * len(counts_K) / counts_K.sum())).float()
 
 
 def classifier_rows(classifier: NormalizedClassifier) -> Tensor:

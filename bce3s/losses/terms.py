@@ -39,6 +39,20 @@ def image_counts(class_counts_K: Tensor) -> Tensor:
     return class_counts_K.clamp_min(1).double()
 
 
+def prior_shift(class_counts_K: Tensor, tau: float) -> Tensor:
+    """τ·log(K·π_k), float32 [K], 0 for a class of average size: what logit adjustment adds in training or takes off afterwards.
+
+    Menon et al. 2021, eq. 9 and 10, have τ·log π_k. The constant log K changes neither a prediction nor a softmax; a sigmoid sees it, and
+    with it keeps a class of average size as confident as it was.
+
+    Args:
+        class_counts_K: int64 [K], training images; a class without any counts as one of a single image.
+        tau: 0 shifts nothing.
+    """
+    counts_K = image_counts(class_counts_K)
+    return (tau * (counts_K / counts_K.mean()).log()).float()
+
+
 def mixed_over_labels(label_losses: Callable[[Tensor], Tensor], targets: MixedTargets, weights_K: Tensor | None = None) -> Tensor:
     """λ·w_y·ℓ(y) + (1−λ)·w_y'·ℓ(y') of each row with label y and partner y' (Zhang et al. 2018, mixup, for any loss).
 

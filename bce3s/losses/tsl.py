@@ -16,7 +16,7 @@ from bce3s.losses.ce import mixed_ce
 from bce3s.losses.class_subset import draw_class_subset, draw_classes
 from bce3s.losses.fused_bce import fused_bce
 from bce3s.losses.seam import LossDefaults, LossInputs, LossOutput, Phase
-from bce3s.losses.terms import contrastive_ce_rows, contrastive_logits, image_counts, mixed_views, three_views, uniform_ce
+from bce3s.losses.terms import contrastive_ce_rows, contrastive_logits, mixed_views, prior_shift, three_views, uniform_ce
 from bce3s.losses.uniform import uniform_term
 
 
@@ -32,7 +32,7 @@ class TSLLoss(LossDefaults):
         self.config = config
         self._has_contrastive = config.contrastive != "off" and config.contrastive_weight > 0
         self._has_uniform = config.uniform != "off" and config.uniform_weight > 0
-        self._shift_K = sigmoid_shift(class_counts_K, config.sigmoid_adjustment) if config.sigmoid_adjustment else None
+        self._shift_K = prior_shift(class_counts_K, config.sigmoid_adjustment) if config.sigmoid_adjustment else None
 
     def floors(self, num_classes: int) -> dict[str, float]:
         """The uniform term's value at the simplex, where all cosines are −1/(K−1): of BCE about K·log 2, which dominates the sum."""
@@ -103,17 +103,3 @@ class TSLLoss(LossDefaults):
         else:
             losses_V = fused_bce(logits_VK, targets, memory.filled_K, logit_clamp=config.logit_clamp)
         return losses_V.sum() / batch_size
-
-
-def sigmoid_shift(class_counts_K: Tensor, tau: float) -> Tensor:
-    """τ·log(K·π_k), float32 [K]: what training adds to the logits of sigmoids, 0 for a class of average size.
-
-    The sigmoid's counterpart of logit adjustment (Menon et al. 2021, eq. 10): z_k alone then need not carry the prior π_k. A softmax
-    does not see a constant added to all logits, a sigmoid does; K·π_k keeps their mean level at uniform priors.
-
-    Args:
-        class_counts_K: int64 [K], training images; a class without any counts as one of a single image.
-        tau: 0 shifts nothing.
-    """
-    counts_K = image_counts(class_counts_K)
-    return (tau * (counts_K / counts_K.mean()).log()).float()

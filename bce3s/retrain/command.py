@@ -42,9 +42,9 @@ def retrain_classifier(
     from bce3s.distributed import is_launched
     from bce3s.retrain.record import require_room
     from bce3s.retrain.report import print_stage_two
-    from bce3s.retrain.stage_one import load_stage_one, shards_of, stage_two_folder
+    from bce3s.retrain.stage_one import load_stage_one, stage_two_folder
     from bce3s.retrain.stage_two import StageTwo
-    from bce3s.train import summary
+    from bce3s.train import shards_of, summary
     from pipelines.format.bus_error import explain_bus_errors_of
 
     if is_launched():

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bce3s.checkpoint import load_checkpoint, require_same_data
+from bce3s.checkpoint import require_same_data
 from bce3s.config import RetrainConfig, TrainConfig
 from bce3s.device import Placement, apply_numerics, resolve_device
 from bce3s.losses import resolve_method
 from bce3s.models import Recogniser
 from bce3s.runlog import ENVIRONMENT_FILE, read_json
 from bce3s.seeds import is_finished
-from bce3s.train import BEST_CHECKPOINT, checkpoint_of_result, load_last, load_run
+from bce3s.train import checkpoint_of_result, load_run, load_trained, with_loader_for
 from pipelines.config import require, require_choice
-from pipelines.format import ShardSet, open_shards
-from pipelines.loaders import MADE_UP_PIXELS
-from pipelines.store import is_remote
-from pipelines.types import ShardError
+from pipelines.format import ShardSet
 
 CHECKPOINTS = ("last", "best")
 STAGE = 2  # what the record of a stage two says
@@ -51,20 +46,6 @@ class StageOne:
     shards: ShardSet
 
 
-def shards_of(run: Path, location: str | None) -> ShardSet:
-    """The shards at `location`, or those that a run was trained on.
-
-    Raises:
-        ShardError: they are not there any more.
-        UserError: `run` is no run folder.
-    """
-    recorded = read_json(run / ENVIRONMENT_FILE)
-    found = location or str(recorded.get("shards", ""))
-    if location is None and not is_remote(found) and not Path(found).is_dir():
-        raise ShardError(f"the shards of {run} are not at {found} any more; name where they are with --shards")
-    return open_shards(found)
-
-
 def load_stage_one(run: Path, checkpoint: str | None, shards: ShardSet, device: str) -> StageOne:
     """The network of a run and what belongs to it.
 
@@ -85,12 +66,8 @@ def load_stage_one(run: Path, checkpoint: str | None, shards: ShardSet, device: 
     require(not is_second, f"{run} is a stage two already; name the folder of its stage one")
     if checkpoint is None:
         checkpoint = checkpoint_of_result(run)
-    path, skipped = run / BEST_CHECKPOINT, tuple[str, ...]()
-    if checkpoint == "last":
-        loaded = load_last(run)
-        path, state, skipped = loaded.path, loaded.state, loaded.skipped
-    else:
-        state = load_checkpoint(path, torch.device("cpu"))
+    loaded = load_trained(run, checkpoint)
+    state, path = loaded.state, loaded.path
     require_same_data(state, path, shards.dataset, shards.fingerprint, shards.root)
     config, placement, model = load_run(state, device)
     done, whole = state["cursor"]["epoch"], checkpoint == "best" or state["cursor"]["epoch"] >= config.epochs
@@ -98,14 +75,11 @@ def load_stage_one(run: Path, checkpoint: str | None, shards: ShardSet, device: 
     # The best epoch so far is no result either: a later one may be better.
     require(is_finished(run), f"{run} has not ended; finish stage one with 'bce3s fast-train … --resume' first")
     apply_numerics(config)
-    # What a run was trained from a folder with cannot stream, or has no pixels of the images; "auto" finds what does.
-    if not isinstance(shards.root, Path) or config.data.loader in MADE_UP_PIXELS:
-        config = replace(config, data=replace(config.data, loader="auto"))
     return StageOne(
         path=path,
         state=state,
-        skipped=skipped,
-        config=resolve_method(config),
+        skipped=loaded.skipped,
+        config=resolve_method(with_loader_for(config, shards)),
         placement=placement,
         model=model,
         shards=shards,

@@ -15,6 +15,7 @@ from bce3s.train.build import (
 from bce3s.train.geometry import measure_with_geometry
 from bce3s.train.result import RunResult, summary
 from bce3s.train.state import Cursor, require_same_record
+from bce3s.train.trained import load_trained, shards_of, with_loader_for
 from bce3s.train.trainer import StoppedError, Trainer, TrainingError
 
 __all__ = [
@@ -29,9 +30,12 @@ __all__ = [
     "checkpoint_of_result",
     "load_last",
     "load_run",
+    "load_trained",
     "measure_with_geometry",
     "newest_checkpoint",
     "require_same_record",
     "saved_loader",
+    "shards_of",
     "summary",
+    "with_loader_for",
 ]

@@ -19,7 +19,7 @@ from bce3s.config import ModelConfig
 from bce3s.device import Placement
 from bce3s.distributed import ALONE, World, join_world, leave_world
 from bce3s.evaluate import classifier_rows, evaluate
-from bce3s.evaluate.split import prior_shift
+from bce3s.losses.terms import prior_shift
 from bce3s.metrics import FeatureStatistics
 from bce3s.models import Recogniser, build_recogniser
 from pipelines.config import AugmentConfig, DataConfig
@@ -86,11 +86,11 @@ def test_adjusted_logits_are_those_less_the_log_prior() -> None:
 
 
 def test_the_shift_is_tau_times_the_log_of_the_prior_against_a_uniform_one() -> None:
-    shift_K = prior_shift(TRAIN_COUNTS, 0.5)
+    shift_K = prior_shift(torch.from_numpy(TRAIN_COUNTS), 0.5)
     prior_K = TRAIN_COUNTS / TRAIN_COUNTS.sum()
     np.testing.assert_allclose(shift_K, 0.5 * np.log(4 * prior_K), rtol=1e-6)
-    assert prior_shift(np.array([7, 7, 7]), 3.0).abs().max() < 1e-6
-    assert torch.equal(prior_shift(np.array([9, 0]), 1.0), prior_shift(np.array([9, 1]), 1.0))
+    assert prior_shift(torch.tensor([7, 7, 7]), 3.0).abs().max() < 1e-6
+    assert torch.equal(prior_shift(torch.tensor([9, 0]), 1.0), prior_shift(torch.tensor([9, 1]), 1.0))
 
 
 def test_the_confidence_is_of_the_asked_kind() -> None:
