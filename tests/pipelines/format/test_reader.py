@@ -89,7 +89,7 @@ class TestManifestsAndIndexes:
     def test_other_files_are_refused_without_memory_for_what_they_promise(self, copied: Path, split: str, kind: str) -> None:
         (copied / f"{split}.index.npy").write_bytes(headers()[kind])
         peaks = []
-        # Three times: a process that hundreds of other tests have run in takes memory of its own now and then, a file asks for it each time.
+        # Three times: a process in which hundreds of tests have run takes memory for itself now and then, a file asks for it each time.
         for _ in range(3):
             tracemalloc.start()
             try:
