@@ -11,10 +11,15 @@ from typing import Annotated
 
 import typer
 
+from bce3s.doctor.command import doctor
 from bce3s.evaluate.command import evaluate_run
+from bce3s.export.command import export
+from bce3s.predict.command import predict
+from bce3s.report.command import report
 from bce3s.reproduce.command import reproduce
 from bce3s.retrain.command import retrain_classifier
 from bce3s.throughput.command import profile, resolve_config
+from bce3s.watch.command import watch
 from pipelines.datasets import DATASETS
 from pipelines.types import ConfigError, UserError
 
@@ -90,6 +95,11 @@ app.command("profile")(profile)
 app.command("reproduce")(reproduce)
 app.command("evaluate")(evaluate_run)
 app.command("retrain-classifier")(retrain_classifier)
+app.command("report")(report)
+app.command("watch")(watch)
+app.command("predict")(predict)
+app.command("export")(export)
+app.command("doctor")(doctor)
 
 
 def run_app(application: typer.Typer) -> None:

@@ -41,7 +41,7 @@ FLOORS = (
     Floor(_under("bce3s", "models losses checkpoint runlog metrics device"), False),
     Floor(
         _under("bce3s", "step graph optimizers weight_average train interrupt seeds launch")
-        + _under("bce3s", "retrain evaluate reproduce throughput report recipes progress export"),
+        + _under("bce3s", "retrain evaluate reproduce throughput report recipes progress export predict doctor watch trackers"),
         True,
     ),
     Floor(_under("bce3s", "cli"), False),

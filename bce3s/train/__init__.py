@@ -15,7 +15,7 @@ from bce3s.train.build import (
 from bce3s.train.geometry import measure_with_geometry
 from bce3s.train.result import RunResult, summary
 from bce3s.train.state import Cursor, require_same_record
-from bce3s.train.trained import load_trained, shards_of, with_loader_for
+from bce3s.train.trained import TrainedNetwork, load_trained, open_network, shards_of, with_loader_for
 from bce3s.train.trainer import StoppedError, Trainer, TrainingError
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Cursor",
     "RunResult",
     "StoppedError",
+    "TrainedNetwork",
     "Trainer",
     "TrainingError",
     "average_applied",
@@ -33,6 +34,7 @@ __all__ = [
     "load_trained",
     "measure_with_geometry",
     "newest_checkpoint",
+    "open_network",
     "require_same_record",
     "saved_loader",
     "shards_of",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from bce3s.checkpoint import Loaded, load_checkpoint
 from bce3s.config import TrainConfig
-from bce3s.runlog import ENVIRONMENT_FILE, read_json
-from bce3s.train.build import BEST_CHECKPOINT, load_last
+from bce3s.device import Placement
+from bce3s.models import Recogniser
+from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, read_json
+from bce3s.train.build import BEST_CHECKPOINT, checkpoint_of_result, load_last, load_run
 from pipelines.format import ShardSet, open_shards
 from pipelines.loaders import MADE_UP_PIXELS
 from pipelines.store import is_remote
-from pipelines.types import ShardError
+from pipelines.types import IntArray, ShardError
 
 
 def shards_of(run: Path, location: str | None) -> ShardSet:
@@ -48,3 +52,61 @@ def with_loader_for(config: TrainConfig, shards: ShardSet) -> TrainConfig:
     """
     other = not isinstance(shards.root, Path) or config.data.loader in MADE_UP_PIXELS
     return replace(config, data=replace(config.data, loader="auto")) if other else config
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedNetwork:
+    """A network that was trained, ready for use.
+
+    Args:
+        model: in evaluation mode, on its device.
+        config: of the run; `config.data` says how its images are cropped and normalised.
+        placement: device, precision and memory layout.
+        class_names: K names.
+        class_counts_K: int64 [K], training images.
+        path: of the checkpoint.
+        run: folder of the run; None for a checkpoint that lies outside of one.
+        state: of the checkpoint, as it was saved.
+        skipped: sentences on damaged checkpoints that were passed over.
+    """
+
+    model: Recogniser
+    config: TrainConfig
+    placement: Placement
+    class_names: tuple[str, ...]
+    class_counts_K: IntArray
+    path: Path
+    run: Path | None
+    state: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+
+
+def open_network(place: Path, checkpoint: str | None = None, device: str = "auto") -> TrainedNetwork:
+    """The trained network of a run folder, or of one checkpoint file.
+
+    Args:
+        place: run folder (of a stage two as well), or a file that ends in .safetensors.
+        checkpoint: of a run folder, "last" or "best"; None is the one that is the run's result.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        CheckpointError: nothing there, or damaged.
+        BackendError: the device cannot be used.
+    """
+    if place.suffix == ".safetensors":
+        loaded = Loaded(load_checkpoint(place, torch.device("cpu")), place, ())
+        run = next((folder for folder in (place.parent, place.parent.parent) if (folder / CONFIG_FILE).is_file()), None)
+    else:
+        loaded, run = load_trained(place, checkpoint or checkpoint_of_result(place)), place
+    config, placement, model = load_run(loaded.state, device)
+    return TrainedNetwork(
+        model=model.eval(),
+        config=config,
+        placement=placement,
+        class_names=tuple(loaded.state["class_names"]),
+        class_counts_K=np.array(loaded.state["train_counts"], dtype=np.int64),
+        path=loaded.path,
+        run=run,
+        state=loaded.state,
+        skipped=tuple(loaded.skipped),
+    )

@@ -1,0 +1,1 @@
+"""Say what this machine has, what is missing and what to choose."""

@@ -1,0 +1,1 @@
+"""Write a trained network for other programs."""

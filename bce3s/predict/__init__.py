@@ -1,0 +1,1 @@
+"""Name the classes of images with a trained network."""

@@ -1,0 +1,1 @@
+"""Draw one page of figures of one or several runs."""

@@ -1,0 +1,1 @@
+"""Experiment trackers that a run's log lines also go to."""
