@@ -168,17 +168,20 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """FFCV generates its code without compiling it, and leaves thread counts and warnings as they are.
+    """FFCV generates its code without compiling it, and leaves thread counts, warnings and numba's types as they are.
 
     Nothing is lost: what takes time is compiled in ffcv_kernel.py. What FFCV compiles complains when the interpreter ends.
     """
     num_threads = torch.get_num_threads(), numba.get_num_threads()
+    # numba has one object for this type, and FFCV declares it read-only: nothing that writes bytes would compile any more.
+    bytes_type = numba.uint8[::1]
     _compiler.Compiler.set_enabled(False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        bytes_type.mutable = True
         _compiler.Compiler.set_enabled(True)
         torch.set_num_threads(num_threads[0])
         numba.set_num_threads(num_threads[1])

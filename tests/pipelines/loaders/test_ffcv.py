@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -157,6 +158,19 @@ class TestOrder:
 
 
 class TestNothingIsLeft:
+    def test_functions_that_write_bytes_still_compile(self, make_shards: MakeShards) -> None:
+        held = numba.uint8[::1]  # as any compiled function holds it
+        collect(loader_for(photo_shards(make_shards)))
+
+        @numba.njit
+        def fill(pixels_N):  # type: ignore[no-untyped-def]
+            pixels_N[0] = 7
+
+        pixels_N = np.zeros(3, np.uint8)
+        fill(pixels_N)
+        assert held.mutable
+        assert pixels_N[0] == 7
+
     def test_abandoned_epochs_keep_no_thread(self, make_shards: MakeShards) -> None:
         """An iterator of FFCV itself keeps its thread and its buffers until the process ends (issues 206, 345 and 393 of libffcv/ffcv)."""
         loader, threads_before = loader_for(photo_shards(make_shards)), threading.active_count()
