@@ -24,6 +24,7 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path
     return out
 
 
+@pytest.mark.slow  # 22,000 images; test_cifar_lt.py opens the same pickles in the fast suite
 def test_cifar10_lt_from_the_real_images(cifar10: Path, tmp_path: Path) -> None:
     found = run("--dataset", "cifar10-lt", "--source", str(cifar10), "--out", "shards/c10", cwd=tmp_path)
     assert found.returncode == 0, found.stderr

@@ -161,7 +161,7 @@ KINDS_OF_PRODUCTS = [(torch.bfloat16, "*bf16", "ieee"), (torch.float32, "*fp32",
 
 
 @pytest.mark.parametrize(("dtype", "pointer", "precision"), KINDS_OF_PRODUCTS)
-@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow), 100, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100, 120))])
 def test_triton_kernel_compiles_for_a_gpu(
     dtype: torch.dtype, pointer: str, precision: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ class TestStockFfcvReadsIt:
                 np.testing.assert_array_equal(pixels, libjpeg_pixels(original))
                 assert np.abs(pixels - pillow_pixels.astype(int)).max() <= 8  # Pillow has the slow inverse DCT
 
+    @pytest.mark.slow  # FFCV compiles two pipelines
     def test_mixed_sizes_go_through_the_cropping_decoders(self, make_shards: MakeShards, tmp_path: Path) -> None:
         from ffcv.fields.decoders import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder
 
@@ -154,6 +155,7 @@ class TestStockFfcvReadsIt:
             crop_mean = pixels[top : top + side, left : left + side].mean((0, 1))
             np.testing.assert_allclose(image.mean((0, 1)), crop_mean, atol=1.5)
 
+    @pytest.mark.slow  # FFCV compiles another pipeline, for 40 MB
     def test_a_sample_larger_than_eight_mebibytes_gets_larger_pages(self, tmp_path: Path) -> None:
         from ffcv.fields.decoders import SimpleRGBImageDecoder
         from ffcv.reader import Reader

@@ -87,6 +87,7 @@ def test_the_files_of_this_machine(photos: Path, tmp_path: Path) -> None:
     assert report.class_counts["train"].tolist() == list(COUNTS["train"].values())
 
 
+@pytest.mark.slow  # the cluster's shards are compared with local ones in the fast suite too
 @pytest.mark.usefixtures("address")
 def test_a_compressed_archive(tmp_path: Path) -> None:
     entries = [(f"train_val2018/g/{number % 3}/{number}.jpg", number % 3) for number in range(20)]
