@@ -6,7 +6,7 @@ DEMO_SHARDS := shards/demo
 DEMO_RUN := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check env clean-env
+.PHONY: help demo test check docs env clean-env
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: env ## set up and run every check: ruff, mypy, layers, fast tests
 
 check: ## the same checks in the .venv there is, without setting anything up
 	@.ci/check
+
+docs: env ## build the documentation into site/, warnings as errors
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet && echo "the documentation is in site/index.html"
 
 env: ## create or bring up to date .venv; instant when there is nothing to do
 	@tools/setup_env.sh

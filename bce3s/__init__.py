@@ -8,4 +8,5 @@ if getattr(pipelines, "__project__", None) != "bce3s":
         "another distribution of that name shadows it: run 'pip uninstall pipelines' and 'pip install -e .' again"
     )
 
+__all__ = ["__version__"]
 __version__ = "0.1.0"

@@ -33,7 +33,8 @@ from bce3s.retrain.record import discard_stage_twos, is_stage_two, require_same_
 from bce3s.retrain.stage_one import stage_two_folder
 from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, read_json
 from bce3s.seeds import combine, is_finished, seeds_table, summary_of, write_seeds
-from bce3s.train import RunResult, StoppedError, Trainer, require_same_record, saved_loader
+from bce3s.trackers import require_tracker
+from bce3s.train import RunResult, StoppedError, Telling, Trainer, require_same_record, saved_loader
 from pipelines.config import require, require_choice
 from pipelines.datasets import shot_groups
 from pipelines.format import open_shards
@@ -54,6 +55,8 @@ class Launch:
         seeds: more than one run of the config, one after the other; empty is the config's own seed.
         arguments: of the command line, to be repeated when a run is stopped.
         stages: 2 retrains the classifier of every run after its training (`config.retrain`).
+        quiet: prints the final table and errors only.
+        tracker: name in `bce3s.trackers.TRACKERS` ("tensorboard", "wandb") of what the log is sent to as well, or "none".
     """
 
     shards: Path | str
@@ -63,6 +66,8 @@ class Launch:
     seeds: tuple[int, ...] = ()
     arguments: Sequence[str] = ()
     stages: int = 1
+    quiet: bool = False
+    tracker: str = "none"
 
 
 def launch(config: TrainConfig, asked: Launch) -> None:
@@ -72,6 +77,7 @@ def launch(config: TrainConfig, asked: Launch) -> None:
         UserError: what the user can mend, in one sentence.
     """
     require_choice("loader", config.data.loader, ("auto", *LOADERS))
+    require_tracker(asked.tracker)
     if asked.resume and asked.overwrite:
         raise ConfigError("--resume continues a run and --overwrite starts it anew: give one of them")
     require(asked.stages in (1, 2), f"--stages takes 1 or 2, not {asked.stages}")
@@ -114,6 +120,7 @@ class _Launched:
 
     def __init__(self, config: TrainConfig, asked: Launch, console: Console, world: World, stop: StopRequest) -> None:
         self.config, self.asked, self.console, self.world, self.stop = config, asked, console, world, stop
+        self.telling = Telling(quiet=asked.quiet, tracker=asked.tracker, command=shlex.join(["bce3s", *asked.arguments]))
         self.shards = open_shards(asked.shards)
         explain_bus_errors_of(self.shards.root)
 
@@ -153,7 +160,7 @@ class _Launched:
         if way != "finished":
             self._train(config, out, way)
         if self.asked.stages == 2:
-            retrain_after(out, config, self.shards, self.console, self.stop, may_be_done=way == "finished")
+            retrain_after(out, config, self.shards, self.console, self.stop, self.telling, may_be_done=way == "finished")
 
     def _way(self, config: TrainConfig, out: Path) -> str:
         """What is to be done with a run: "anew", "on" from its checkpoint, or nothing because it is "finished", where more is to follow.
@@ -198,16 +205,17 @@ class _Launched:
     def _train(self, config: TrainConfig, out: Path, way: str) -> None:
         if way == "on" and config.data.loader == "auto":
             config = replace(config, data=replace(config.data, loader=saved_loader(out)))
-        trainer = Trainer(config, self.shards, out, self.console, self.world, stop=self.stop, continues=way == "on")
+        trainer = Trainer(config, self.shards, out, self.console, self.world, stop=self.stop, continues=way == "on", telling=self.telling)
         try:
             cursor = trainer.resume() if way == "on" else None
             if way == "anew" and self.world.is_main:
                 discard_stage_twos(out)  # of a stage one that is no more
-            _introduce(self.console, trainer, f"; continuing after {cursor}" if cursor else "", self.world)
+            if not self.asked.quiet:
+                _introduce(self.console, trainer, f"; continuing after {cursor}" if cursor else "", self.world)
             result = trainer.fit()
         finally:
             trainer.close()
-        _print_result(self.console, trainer, result)
+        _print_result(self.console, trainer, result, quiet=self.asked.quiet)
 
 
 def _introduce(console: Console, trainer: Trainer, continuing: str, world: World) -> None:
@@ -226,10 +234,12 @@ def _introduce(console: Console, trainer: Trainer, continuing: str, world: World
         )
 
 
-def _print_result(console: Console, trainer: Trainer, result: RunResult) -> None:
+def _print_result(console: Console, trainer: Trainer, result: RunResult, *, quiet: bool) -> None:
     sizes = {name: int(members.sum()) for name, members in shot_groups(trainer.train_counts_K).items()}
     caption = f"{sizes['many']} many-, {sizes['medium']} medium-, {sizes['few']} few-shot classes; {result.last.num_images:,} images"
     console.print(accuracy_table(f"{result.report_split} split", result.rows(), caption))
+    if quiet:
+        return
     console.print(f"{result.images_per_s:.0f} source images/s in training, data wait {result.data_wait_share:.0%}", highlight=False)
     console.print(f"run: {trainer.out}   evaluate again: bce3s evaluate {trainer.out}", highlight=False, soft_wrap=True)
 

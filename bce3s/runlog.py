@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,12 +17,19 @@ from pipelines.types import UserError
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
+# What a line says beside the terms of its loss; figures with a unit are known by it.
+_NO_TERMS = {"kind", "epoch", "epochs", "step", "num_steps", "split", "all", "many", "medium", "few", "balanced", "ece"}
+_UNITS = ("_s", "_share", "_bytes", "_size")
 
 
 class RunLog:
     """Appends to metrics.jsonl, line by line. A disk that is full does not end a run: its lines wait for room.
 
-    Lines have a "kind": "step" (means since the line before), "epoch" (accuracies), "broken" (where a loss was not finite) or "summary".
+    Lines have a "kind": "step" (means since the line before), "epoch" (accuracies), "broken" (where a loss was not finite), "stopped" (the
+    run ended before its time, and why) or "summary".
+
+    Attributes:
+        listeners: called with every line after it was written; they must not raise.
     """
 
     def __init__(self, folder: Path | None, epoch: int, step: int, complain: Callable[[str], None]) -> None:
@@ -35,6 +42,7 @@ class RunLog:
         """
         self._complain, self._waiting, self._path = complain, "", None if folder is None else folder / METRICS_FILE
         self._complained = False
+        self.listeners: Sequence[Callable[[dict[str, Any]], None]] = ()
         if folder is None or self._path is None:
             return
         kept = [line for line in read_metrics(folder) if _is_before(line, epoch, step)] if epoch or step else []
@@ -42,9 +50,14 @@ class RunLog:
         self._file = self._path.open("ab", buffering=0)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one line, or keeps it until there is room."""
+        """Appends one line, or keeps it until there is room; then tells the listeners."""
         if self._path is None:
             return
+        self._append(line)
+        for listen in self.listeners:
+            listen(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
         self._waiting += json.dumps(line, allow_nan=False) + "\n"
         end = os.fstat(self._file.fileno()).st_size
         try:
@@ -75,8 +88,14 @@ class RunLog:
 
 
 def _is_before(line: dict[str, Any], epoch: int, step: int) -> bool:
-    """Whether a log line is of what was done before `step` of `epoch`; a summary never is."""
+    """Whether a log line is of what was done before `step` of `epoch`; a summary and a stop never are."""
     return (line.get("epoch", math.inf), line.get("step", -1) + 1 if line["kind"] == "step" else math.inf) <= (epoch, step)
+
+
+def loss_terms(line: dict[str, Any]) -> dict[str, float]:
+    """The loss terms of a step or epoch line, "total" among them."""
+    names = [name for name in line if name not in _NO_TERMS and not name.endswith(_UNITS)]
+    return {name: line[name] for name in names if isinstance(line[name], (int, float))}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

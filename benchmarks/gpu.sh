@@ -65,7 +65,7 @@ PYTHON
 profile() { # loader
     photo_shards
     "$python" -m bce3s.cli profile --dataset folder --shards "$scratch/shards" --loader "$1" --arch resnet50 --batch-size 256 \
-        --precision bf16 --device cuda --compile --json "$out/profile-$1.json" --plot "$out/profile-$1.png" --trace "$out/trace-$1.json" |
+        --precision bf16 --device cuda --compile --json-out "$out/profile-$1.json" --plot "$out/profile-$1.png" --trace "$out/trace-$1.json" |
         tee "$out/profile-$1.txt"
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from pipelines.types import ConfigError
 
@@ -17,9 +19,21 @@ ON_ERROR: tuple[str, ...] = ("stop", "skip")
 
 
 def require_choice(option: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises `ConfigError` that lists the known values when `value` is none of them."""
+    """Raises `ConfigError` that lists the known values, the nearest to `value` at the end, when `value` is none of them."""
     if value not in known:
-        raise ConfigError(f"unknown {option} '{value}'; known: {', '.join(known)}")
+        raise ConfigError(f"unknown {option} '{value}'; known: {', '.join(known)}{did_you_mean(value, known)}")
+
+
+def did_you_mean(typed: str, known: Mapping[str, str] | Iterable[str]) -> str:
+    """As in "; did you mean 'resnet18'?": what is spelled nearly like `typed`, in whatever case; empty where nothing is.
+
+    Args:
+        known: names, or what is typed for each.
+    """
+    names = known if isinstance(known, Mapping) else {name: name for name in known}
+    by_spelling = {name.casefold(): shown for name, shown in names.items()}
+    close = get_close_matches(typed.casefold(), by_spelling, n=1)
+    return f"; did you mean '{by_spelling[close[0]]}'?" if close else ""
 
 
 def require(condition: bool, sentence: str) -> None:

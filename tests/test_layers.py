@@ -37,11 +37,14 @@ FLOORS = (
     Floor(_under("pipelines", "loaders conversion"), False),
     Floor(("bce3s",), False),  # the __init__ alone: the version
     Floor(_under("bce3s", "config"), False),
-    Floor(_under("bce3s", "distributed"), False),
+    Floor(_under("bce3s", "distributed heads"), False),
     Floor(_under("bce3s", "models losses checkpoint runlog metrics device"), False),
     Floor(
         _under("bce3s", "step graph optimizers weight_average train interrupt seeds launch")
-        + _under("bce3s", "retrain evaluate reproduce throughput report recipes progress export predict doctor watch trackers"),
+        + _under(
+            "bce3s",
+            "retrain evaluate reproduce throughput report recipes progress export predict doctor watch trackers command_line fast_train",
+        ),
         True,
     ),
     Floor(_under("bce3s", "cli"), False),

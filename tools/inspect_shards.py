@@ -5,6 +5,11 @@ python tools/inspect_shards.py shards/cifar100-lt --out figures
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from bce3s.command_line.ending import die_of_interrupts
+
+    die_of_interrupts()  # during the imports below there is nothing to tidy up
+
 import io
 import math
 import warnings
@@ -18,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bce3s.cli import run_app
+from bce3s.command_line.names import completing
+from bce3s.command_line.options import Quiet, named
 from pipelines.config import require, require_choice
 from pipelines.datasets import shot_groups
 from pipelines.durable import write_atomically
@@ -27,7 +34,7 @@ from pipelines.types import SPLITS, BackendError, IntArray, ShardError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["--help", "-h"]})
 
 _GROUPS = {"many": ("more than 100", "#3f6fb0"), "medium": ("20 to 100", "#dd9a2f"), "few": ("fewer than 20", "#b0435c")}
 _MAX_SAMPLES = 25
@@ -310,9 +317,10 @@ def write_pictures(shards: ShardSet, out: Path, split_name: str, num_samples: in
 @app.command()
 def inspect(
     root: Annotated[Path, typer.Argument(help="Shard folder.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for histogram.png and contact_sheet.png; without it only the table.")] = None,
-    split: Annotated[str, typer.Option(help="Where the contact sheet takes its images from: train, val or test.")] = "train",
+    out: Annotated[Path | None, named("--out", more=": histogram.png and contact_sheet.png; without it only the table")] = None,
+    split: Annotated[str, named("--split", more=": of the contact sheet", autocompletion=completing(SPLITS))] = "train",
     samples: Annotated[int, typer.Option(help="Images of a class on the contact sheet.")] = 4,
+    quiet: Quiet = False,
 ) -> None:
     """Show what a shard folder holds."""
     require_choice("split", split, SPLITS)
@@ -322,14 +330,14 @@ def inspect(
         inside = root.resolve() in (out.resolve(), *out.resolve().parents)
         require(not inside, f"--out {out} lies in the shard folder, which holds nothing but shards: choose another --out")
         require(shards.num_samples(split) > 0, f"split '{split}' of {root} has no images to show: choose another --split")
-    console = Console()
+    console = Console(quiet=quiet and out is not None)  # the pictures are the result then, else the tables
     console.print(splits_table(shards))
     if shards.manifest.get("resampled"):
         console.print(streams_table(shards))
     for line in facts(shards):
         console.print(line, markup=False, highlight=False)
     for path in write_pictures(shards, out, split, samples) if out is not None else []:
-        console.print(f"drew {path}", markup=False, highlight=False, soft_wrap=True)
+        print(f"drew {path}")
 
 
 if __name__ == "__main__":

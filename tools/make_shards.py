@@ -6,6 +6,11 @@ python tools/make_shards.py merge --out shards/inat18                           
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from bce3s.command_line.ending import die_of_interrupts
+
+    die_of_interrupts()  # during the imports below there is nothing to tidy up
+
 import inspect
 import os
 import signal
@@ -26,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 
 from bce3s.cli import run_app
+from bce3s.command_line.options import ON_ERROR, named
 from pipelines.config import require, require_choice
 from pipelines.conversion import (
     EXECUTORS,
@@ -46,7 +52,7 @@ from pipelines.format.index import MANIFEST_FILE
 from pipelines.store import is_remote
 from pipelines.types import SPLITS, ConfigError, DatasetError, IntArray, OpenDataset
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["--help", "-h"]})
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _QUALITY_RESIZED, _QUALITY_KEPT = 90, 95
 _SHOWN_SENTENCES = 20
@@ -60,8 +66,8 @@ _SOURCE, _PIXELS, _BALANCE, _RUN = "Source", "Output", "Class-balanced resamplin
 class Request:
     """The options of the command line, by the names typed."""
 
-    dataset: Annotated[str | None, Option(help=f"One of: {', '.join(DATASETS)}.", rich_help_panel=_SOURCE)] = None
-    source: Annotated[Path | None, Option(help="Folder or archive of the original data.", rich_help_panel=_SOURCE)] = None
+    dataset: Annotated[str | None, Option(help=f"Data set of the shards: {', '.join(DATASETS)}.", rich_help_panel=_SOURCE)] = None
+    source: Annotated[Path | None, Option(help="Folder of the original data, or archive.", rich_help_panel=_SOURCE)] = None
     lists: Annotated[Path | None, Option(help="Folder of the published lists or annotations.", rich_help_panel=_SOURCE)] = None
     classes: Annotated[int | None, Option(help="Of CIFAR: the first so many classes only.", rich_help_panel=_SOURCE)] = None
     imbalance_factor: Annotated[float | None, Option(help="Largest class over smallest, at least 1.", rich_help_panel=_SOURCE)] = None
@@ -72,9 +78,9 @@ class Request:
     strict: Annotated[bool, Option("--strict", help="Refuse a set unlike the published one.", rich_help_panel=_SOURCE)] = False
     limit: Annotated[int | None, Option(help="At most so many images of each split.", rich_help_panel=_SOURCE)] = None
 
-    out: Annotated[str | None, Option(help="Folder or fsspec URL; default shards/DATASET.", rich_help_panel=_PIXELS)] = None
+    out: Annotated[str | None, named("--out", more=", or fsspec URL; default shards/DATASET", rich_help_panel=_PIXELS)] = None
     format: Annotated[str, Option(help="wds, or wds,ffcv for .beton files as well.", rich_help_panel=_PIXELS)] = "wds"
-    keep: Annotated[bool, Option("--keep", help="Keep the bytes of plain JPEG and PNG (the default).", rich_help_panel=_PIXELS)] = False
+    keep: Annotated[bool, Option("--keep-bytes", "--keep", help="Those of plain JPEG and PNG (default).", rich_help_panel=_PIXELS)] = False
     min_side: Annotated[int | None, Option(help="Shrink so that the shorter side is this.", rich_help_panel=_PIXELS)] = None
     max_side: Annotated[int | None, Option(help="Shrink so that the longer side is this.", rich_help_panel=_PIXELS)] = None
     quality: Annotated[
@@ -82,7 +88,7 @@ class Request:
     ] = None
     no_validate: Annotated[bool, Option("--no-validate", help="Believe the headers of plain JPEGs.", rich_help_panel=_PIXELS)] = False
     shard_bytes: Annotated[str, Option(help="What a shard holds, about.", rich_help_panel=_PIXELS)] = "256MiB"
-    seed: Annotated[int, Option(help="Of subset, splits, order and resampling.", rich_help_panel=_PIXELS)] = 0
+    seed: Annotated[int, named("--seed", more=" of subset, splits, order and resampling", rich_help_panel=_PIXELS)] = 0
 
     resample: Annotated[list[str] | None, Option(help=f"{', '.join(RESAMPLINGS)}; may be repeated.", rich_help_panel=_BALANCE)] = None
     resample_exponent: Annotated[float, Option(help="p of power: n^(-p).", rich_help_panel=_BALANCE)] = 1.0
@@ -94,10 +100,11 @@ class Request:
     threads: Annotated[int | None, Option(help="Of each process; more hide a slow disk.", rich_help_panel=_RUN)] = None
     executor: Annotated[str, Option(help=f"{' or '.join(EXECUTORS)} (RAY_ADDRESS).", rich_help_panel=_RUN)] = "local"
     part: Annotated[str | None, Option(help="I/N: convert every N-th shard only; then merge.", rich_help_panel=_RUN)] = None
-    on_error: Annotated[str, Option(help="stop at an image that does not decode, or skip it.", rich_help_panel=_RUN)] = "stop"
-    resume: Annotated[bool, Option("--resume", help="Continue a killed conversion.", rich_help_panel=_RUN)] = False
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing output.", rich_help_panel=_RUN)] = False
+    on_error: Annotated[str, Option(help=ON_ERROR.help, rich_help_panel=_RUN)] = "stop"
+    resume: Annotated[bool, named("--resume", more=": a conversion that was killed", rich_help_panel=_RUN)] = False
+    overwrite: Annotated[bool, named("--overwrite", rich_help_panel=_RUN)] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Counts, bytes, time; write nothing.", rich_help_panel=_RUN)] = False
+    quiet: Annotated[bool, named("--quiet", "-q", rich_help_panel=_RUN)] = False
 
     def dataset_options(self) -> DatasetOptions:
         """What the data set is opened with."""
@@ -260,7 +267,12 @@ def shown_progress(console: Console) -> Iterator[StageProgress]:
 
 
 def print_report(console: Console, name: str, report: WriteReport, out: str) -> None:
-    """A table of the splits, then what was re-encoded and skipped."""
+    """A table of the splits, then what was re-encoded and skipped; where nobody wants to see that, what is to be known of it."""
+    if console.quiet:
+        if report.num_skipped:
+            print(f"warning: {report.num_skipped:,} images skipped because they do not decode, see {MANIFEST_FILE}", file=sys.stderr)
+        print(f"shards: {out}")
+        return
     counts_K = report.class_counts["train"]
     filled_K = counts_K[counts_K > 0]
     table = Table("split", Column("images", justify="right"), title=f"{name}: {len(counts_K):,} classes", title_justify="left")
@@ -310,7 +322,7 @@ def convert(request: Request) -> None:
     options = request.write_options()
     out = request.out or str(Path("shards") / name)
     require_apart(request.source, out)
-    console = Console()
+    console = Console(quiet=request.quiet and not request.dry_run)
     with console.status(f"opening {name}"):  # the demo set is drawn here, large folders are listed here
         opened = open_dataset(name, request.dataset_options())
     for sentence in opened.complaints:
@@ -334,9 +346,9 @@ def convert(request: Request) -> None:
 
 
 @app.command("merge")
-def merge(out: Annotated[str, Option(help="The --out of the parts.")]) -> None:
+def merge(out: Annotated[str, named("--out", more=": that of the parts")], quiet: Annotated[bool, named("--quiet", "-q")] = False) -> None:
     """Complete a folder whose shards were converted with --part 1/N … --part N/N."""
-    console = Console()
+    console = Console(quiet=quiet)
     with interruptible("the same command continues"), shown_progress(console) as progress:
         report = merge_parts(out, on_progress=progress)
     print_report(console, "merged", report, out)
@@ -362,6 +374,4 @@ app.callback(invoke_without_command=True, help="Convert a data set of images int
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # paths may hold what no terminal shows
     run_app(app)

@@ -5,6 +5,11 @@ python tools/verify_shards.py shards/cifar100-lt
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from bce3s.command_line.ending import die_of_interrupts
+
+    die_of_interrupts()  # during the imports below there is nothing to tidy up
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from bce3s.cli import run_app
+from bce3s.command_line.options import Quiet
 from pipelines.conversion.beton import check_beton
 from pipelines.format import open_shards
 from pipelines.format.index import read_manifest
@@ -22,16 +28,16 @@ from pipelines.format.repair import repair_indexes
 from pipelines.format.verify import verified_bytes, verify_shards
 from pipelines.types import SPLITS, ShardError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["--help", "-h"]})
 _MAX_SHOWN = 50
 
 
 @contextmanager
-def _progress(console: Console, task: str, root: Path) -> Iterator[Callable[[int], None]]:
+def _progress(console: Console, task: str, root: Path, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar over the bytes of tars and betons; gives what `on_bytes` wants."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     total = verified_bytes(read_manifest(root)[0])
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         number = progress.add_task(task, total=total)
         yield lambda num_bytes: progress.advance(number, num_bytes)
 
@@ -56,10 +62,10 @@ def _print_problems(console: Console, problems: list[str], style: str) -> None:
         console.print(f"… and {len(problems) - _MAX_SHOWN:,} more", style=style, highlight=False)
 
 
-def _repair(console: Console, root: Path) -> None:
+def _repair(console: Console, root: Path, *, shown: bool) -> None:
     if not (root / "manifest.json").exists():
         repair_indexes(root)  # says why that cannot be done
-    with _progress(console, "reading tars", root) as on_bytes:
+    with _progress(console, "reading tars", root, shown=shown) as on_bytes:
         repair = repair_indexes(root, on_bytes=on_bytes)
     for sentence in repair.done or ["nothing to repair: every index is what its tars say"] * (not repair.problems):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
@@ -73,13 +79,14 @@ def verify(
     repair_index: Annotated[
         bool, typer.Option("--repair-index", help="First rebuild every index that does not fit its tars, where the tars are whole.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check a shard folder; exit status 1 where something is wrong."""
     console = Console()
     if repair_index:
-        _repair(console, root)
+        _repair(console, root, shown=not quiet)
     manifest, _ = read_manifest(root)
-    with _progress(console, "verifying", root) as on_bytes:
+    with _progress(console, "verifying", root, shown=not quiet) as on_bytes:
         problems = verify_shards(root, decode=decode, on_bytes=on_bytes)
     faults = [str(problem) for problem in problems if not problem.warning]
     try:

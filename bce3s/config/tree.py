@@ -7,6 +7,7 @@ import json
 import typing
 from typing import Any, TypeVar
 
+from pipelines.config import did_you_mean
 from pipelines.types import ConfigError
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -69,11 +70,28 @@ def override(config: ConfigT, assignments: list[str]) -> ConfigT:
         for group in groups:
             target = target.get(group) if isinstance(target, dict) else None
         if not isinstance(target, dict) or name not in target:
-            raise ConfigError(f"unknown setting '{path}'; known: {', '.join(by_path(values))}")
+            raise ConfigError(_unknown_setting(path.strip(), values))
         if isinstance(target[name], dict):
             raise ConfigError(f"'{path}' is a group of settings; set one of {', '.join(by_path(target[name], path + '.'))}")
         target[name] = _parse(text, target[name])
     return from_dict(type(config), values)
+
+
+def _unknown_setting(path: str, values: dict[str, Any]) -> str:
+    """Lists the neighbours of what was meant, or else the groups, and not the hundred settings there are."""
+    known = by_path(values)
+    group, _, leaf = path.rpartition(".")
+    near = [name for name in known if group and name.startswith(f"{group}.")]
+    shown = near or [f"{name}.…" if isinstance(value, dict) else name for name, value in values.items()]
+    # Of a name without its group, or of lr and wd, the group is what is looked for.
+    meant = [name for name in near or known if leaf in (_leaf(name), "".join(word[0] for word in _leaf(name).split("_")))]
+    alike = did_you_mean(leaf, {_leaf(name): name for name in near}) if near else did_you_mean(path, list(known))
+    hint = f"; did you mean '{meant[0]}'?" if meant else alike
+    return f"unknown setting '{path}'; known: {', '.join(shown)}; --print-config shows all{hint}"
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _parse(text: str, current: Any) -> Any:

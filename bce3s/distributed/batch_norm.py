@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bce3s.distributed.world import World
+from pipelines.config import require
 
 _SPATIAL = (0, 2, 3)
+_BEHIND = ("drop", "act")  # what timm's BatchNormAct2d, a batch-norm by its class, does after it has normalised
 
 
 class _NormalizeAcrossRanks(torch.autograd.Function):
@@ -46,19 +48,27 @@ class _BatchNormAcrossRanks(nn.BatchNorm2d):
     @classmethod
     def replacing(cls, module: nn.BatchNorm2d, world: World) -> _BatchNormAcrossRanks:
         """With the very parameters and buffers of `module`, so that an optimizer's references hold."""
-        assert module.affine, "a batch-norm of this package's networks has a weight"
-        assert module.track_running_stats, "a batch-norm of this package's networks keeps running statistics"
+        usual = module.affine and module.track_running_stats and module.momentum is not None
+        require(usual, "sync_batch_norm on a CPU needs batch-norms with weights, running statistics and a momentum: leave it out")
         replaced = cls(module.num_features, module.eps, module.momentum, device="meta")
         replaced.weight, replaced.bias = module.weight, module.bias
-        for name, buffer in module.named_buffers():
+        for name, buffer in module.named_buffers(recurse=False):
             setattr(replaced, name, buffer)
         replaced.training, replaced.world = module.training, world
+        for name in _BEHIND:
+            if isinstance(behind := getattr(module, name, None), nn.Module):
+                replaced.add_module(name, behind)
         return replaced
 
     def forward(self, input: Tensor) -> Tensor:
         """[V, C, H, W] of float32, float64 or bfloat16 to the same; V, H and W may differ between ranks."""
-        if not self.training:
-            return super().forward(input)
+        normalized = self._normalized(input) if self.training else super().forward(input)
+        for name in _BEHIND:
+            if name in self._modules:
+                normalized = getattr(self, name)(normalized)
+        return normalized
+
+    def _normalized(self, input: Tensor) -> Tensor:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -100,15 +110,28 @@ def synced_batch_norm(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     if next(model.parameters()).is_cuda:
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        converted: nn.Module = _cuda_converter(model)(model)
         return converted
     if type(model) is nn.BatchNorm2d:
         return _BatchNormAcrossRanks.replacing(model, world)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.BatchNorm2d:
+            if type(child) is nn.BatchNorm2d or _has_more_behind(child):
                 setattr(parent, name, _BatchNormAcrossRanks.replacing(child, world))
     return model
+
+
+def _cuda_converter(model: nn.Module) -> Any:
+    """torch's, which would lose what timm's kind of batch-norm has behind it; for those, timm's own."""
+    if any(_has_more_behind(module) for module in model.modules()):
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm
+    return nn.SyncBatchNorm.convert_sync_batchnorm
+
+
+def _has_more_behind(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    return type(module).__name__ == "BatchNormAct2d" and isinstance(module, nn.BatchNorm2d)
 
 
 def running_statistics(model: nn.Module) -> Tensor:

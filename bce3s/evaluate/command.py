@@ -9,31 +9,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from pipelines.config import require, require_choice
-from pipelines.types import SPLITS
+from bce3s.command_line import options
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from bce3s.metrics import Accuracy, FeatureGeometry
     from pipelines.format import ShardSet
 
 
 def evaluate_run(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    shards: Annotated[str | None, typer.Option(help="Shard folder or URL; default what the run was trained on.")] = None,
-    split: Annotated[str, typer.Option(help="val or test, or train: its images without augmentation.")] = "test",
-    checkpoint: Annotated[
-        str | None, typer.Option(help="last, or best: on val, or on test where there is no val; default the run's result.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    run: options.RunFolder,
+    shards: options.ShardsOfRun = None,
+    split: options.Split = "test",
+    checkpoint: options.Checkpoint = None,
+    device: options.Device = "auto",
     average: Annotated[bool, typer.Option("--average", help="The moving average of the weights, where the run kept one.")] = False,
     features: Annotated[bool, typer.Option("--features", help="Compactness, separability and neural collapse too.")] = False,
     adjust_logits: Annotated[float | None, typer.Option(help="τ: beside it, logits less τ times the log of the class priors.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, per class too.")] = False,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Evaluate a trained run, with and without flip test-time augmentation."""
+    from rich.console import Console
+
+    from pipelines.config import require, require_choice
+    from pipelines.types import SPLITS
+
     require_choice("split", split, SPLITS)
     require_choice("checkpoint", checkpoint or "last", ("last", "best"))
     tau = adjust_logits or 0.0
@@ -61,7 +64,7 @@ def evaluate_run(
     name = f"stage two ({retrained_with}), " if retrained_with else ""
     name += _measured(checkpoint, state, opened) + (", average of weights" if average else "")
     measuring = _Measuring(split, average, features, tau, retrained_with)
-    figures, geometry = _measure(opened, measuring, state, path, device, console)
+    figures, geometry = _measure(opened, measuring, state, path, device, None if quiet else console)
     adjusted = f"adjusted τ={tau:g}"
     labels = {"plain": name, "plain_adjusted": f"{name}, {adjusted}"}
     labels |= {"flip_tta": f"{name}, flip TTA", "flip_tta_adjusted": f"{name}, flip TTA, {adjusted}"}
@@ -93,13 +96,15 @@ def _retrained_with(recorded: dict[str, Any], state: dict[str, Any]) -> str:
 
 
 def _measure(
-    shards: ShardSet, asked: _Measuring, state: dict[str, Any], path: Path, device: str, console: Console
+    shards: ShardSet, asked: _Measuring, state: dict[str, Any], path: Path, device: str, console: Console | None
 ) -> tuple[dict[str, Accuracy], FeatureGeometry | None]:
-    """One pass over the split, under a bar."""
+    """One pass over the split, under a bar where there is somebody to see it."""
     import numpy as np
+    from rich.progress import Progress
 
     from bce3s.evaluate.split import classifier_rows, evaluate
     from bce3s.metrics import FeatureStatistics, confidence_kind
+    from bce3s.progress import is_live
     from bce3s.train import average_applied, load_run, with_loader_for
     from pipelines.loaders import build_loader
 
@@ -107,7 +112,7 @@ def _measure(
     config = with_loader_for(config, shards)
     data = build_loader(shards, asked.split, config.data, seed=config.seed, device=placement.device, training=False)
     statistics = FeatureStatistics(len(state["class_names"]), model.backbone.feature_dim, placement.device) if asked.features else None
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=console is None or not is_live(console)) as progress:
         task = progress.add_task(f"evaluating {asked.split}", total=data.num_steps)
         counts_K, augment = np.array(state["train_counts"]), config.data.augment
         with average_applied(state, model, config, path) if asked.average else nullcontext():

@@ -31,6 +31,7 @@ def evaluate(
     confidence: str = "softmax",
     adjust_logits: float = 0.0,
     features: FeatureStatistics | None = None,
+    on_predictions: Callable[[IntArray, Tensor], None] | None = None,
 ) -> dict[str, Accuracy]:
     """Top-1 accuracies and calibration of one pass over a split.
 
@@ -50,6 +51,7 @@ def evaluate(
         confidence: of a prediction: "softmax" or "sigmoid" (`bce3s.metrics.confidence_kind`).
         adjust_logits: τ of post-hoc logit adjustment (Menon et al. 2021, eq. 9); 0 is off.
         features: also collects the plain images' features, of all ranks; `model` is then a `Recogniser`.
+        on_predictions: given each batch's `ids_S` and, on the device, the labels int64 [S] predicted for its plain images.
     """
     was_training = model.training
     model.eval()
@@ -72,6 +74,8 @@ def evaluate(
             rows[name].add(logits_BK, batch.labels_S)
             if shift_K is not None:
                 rows[f"{name}_adjusted"].add(logits_BK - shift_K, batch.labels_S)
+        if on_predictions is not None:
+            on_predictions(batch.ids_S, logits["plain"].argmax(1))
         on_step()
     model.train(was_training)
     if features is not None:

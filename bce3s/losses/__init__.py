@@ -1,7 +1,7 @@
 """Losses: one file a method behind one seam.
 
 A loss takes the features of the three views, the targets and the model's heads, and returns its total and its named terms. `LOSSES` maps
-a name to its class; a new method is one file and one line here.
+a name to its class; a new method is one file and one line here. `BCE3SLoss.for_classes` is the paper's loss for anybody's training loop.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from importlib import import_module
 from torch import Tensor
 
 from bce3s.config import LossConfig, TrainConfig
+from bce3s.losses.bce3s import BCE3SLoss
 from bce3s.losses.seam import Heads, Loss, LossDefaults, LossInputs, LossOutput, MixedTargets, Phase, Share
+from bce3s.losses.standalone import StandaloneLoss
 from pipelines.config import require, require_choice
 
 LOSSES: dict[str, str] = {
@@ -32,6 +34,7 @@ LOSSES: dict[str, str] = {
 
 __all__ = [
     "LOSSES",
+    "BCE3SLoss",
     "Heads",
     "Loss",
     "LossDefaults",
@@ -40,6 +43,7 @@ __all__ = [
     "MixedTargets",
     "Phase",
     "Share",
+    "StandaloneLoss",
     "build_loss",
     "loss_class",
     "resolve_method",

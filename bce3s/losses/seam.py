@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
-from bce3s.config import LossConfig
+from bce3s.config import LossConfig, from_dict
+from pipelines.types import IntArray
+
+if TYPE_CHECKING:
+    from bce3s.losses.standalone import StandaloneLoss
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,26 @@ class LossDefaults:
     views: ClassVar[str] = "mixed"
     classifier: ClassVar[str] = "normalized"
     needs_its_classifier: ClassVar[bool] = False
+
+    @classmethod
+    def for_classes(
+        cls, class_counts_K: Sequence[int] | IntArray | Tensor, feature_dim: int, *, projection_dim: int = 128, **settings: Any
+    ) -> StandaloneLoss:
+        """This loss for a training loop of one's own, with its classifier, projector and feature memory; see `StandaloneLoss`.
+
+        Args:
+            class_counts_K: training images of each class, whole numbers [K].
+            feature_dim: D of the features it will be given.
+            projection_dim: P.
+            settings: of `LossConfig`, such as `negative_ratio=1.0`.
+
+        Raises:
+            ConfigError: a setting or size that cannot be.
+        """
+        from bce3s.losses.standalone import StandaloneLoss  # which is made of what this file says
+
+        config = from_dict(LossConfig, settings)
+        return StandaloneLoss(cast("type[Loss]", cls), class_counts_K, feature_dim, config, projection_dim=projection_dim)
 
     @staticmethod
     def build_head(config: LossConfig, feature_dim: int, num_classes: int) -> nn.Module | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bce3s.metrics.accuracy import Accuracy, accuracy_from_counts, format_percent
+from bce3s.metrics.accuracy import Accuracy, accuracy_from_counts, accuracy_from_predictions, format_percent
 from bce3s.metrics.calibration import Calibration, ReliabilityBins, confidence_kind
 from bce3s.metrics.collapse import Collapse, neural_collapse
 from bce3s.metrics.cosines import PairwiseCosines, pairwise_cosines
@@ -17,6 +17,7 @@ __all__ = [
     "PairwiseCosines",
     "ReliabilityBins",
     "accuracy_from_counts",
+    "accuracy_from_predictions",
     "confidence_kind",
     "format_percent",
     "neural_collapse",

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from bce3s.metrics.calibration import Calibration
+from pipelines.config import require
 from pipelines.datasets import shot_groups
 from pipelines.types import IntArray
 
@@ -70,6 +72,28 @@ def accuracy_from_counts(
         num_images=int(total_K.sum()),
         calibration=calibration,
     )
+
+
+def accuracy_from_predictions(predicted_N: ArrayLike, labels_N: ArrayLike, train_counts_K: ArrayLike) -> Accuracy:
+    """Accuracies of anybody's predictions.
+
+    Args:
+        predicted_N: class of each evaluated image, whole numbers [N]; lists, arrays, or tensors on the CPU.
+        labels_N: the true ones, whole numbers [N].
+        train_counts_K: training images of each class, whole numbers [K]; they decide the shot groups.
+
+    Raises:
+        ConfigError: predictions that are not one class an image, or labels that are no classes.
+    """
+    predicted, labels, counts_K = (np.asarray(values) for values in (predicted_N, labels_N, train_counts_K))
+    one_each = predicted.shape == labels.shape and labels.ndim == 1 and all(values.dtype.kind in "iu" for values in (predicted, labels))
+    shapes = f"predictions {list(predicted.shape)} and labels {list(labels.shape)}"
+    require(one_each, f"{shapes} must be one whole number an image each: take the arg max of logits")
+    num_classes = len(counts_K)
+    known = len(labels) == 0 or (labels.min() >= 0 and labels.max() < num_classes)
+    require(bool(known), f"labels must lie in 0…{num_classes - 1}, one class for each of the training counts")
+    correct_K = np.bincount(labels[predicted == labels], minlength=num_classes)
+    return accuracy_from_counts(correct_K, np.bincount(labels, minlength=num_classes), counts_K)
 
 
 def format_percent(value: float | None) -> str:

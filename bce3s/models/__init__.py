@@ -1,6 +1,7 @@
 """Networks by name: `ARCHS` lists the backbones, `build_recogniser` puts the heads on one.
 
-To add a backbone, subclass `Backbone` and give it a row in `ARCHS`.
+To add a backbone, subclass `Backbone` and give it a row in `ARCHS`. Others need no row: `timm:NAME`, or `package.module:factory` of one's
+own (external.py).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from pathlib import Path
 from torch import nn
 
 from bce3s.config import ModelConfig
+from bce3s.heads import CosineClassifier, FeatureMemory, LinearClassifier, NormalizedClassifier, Projector, build_classifier
 from bce3s.models.backbone import Backbone, load_pretrained
-from bce3s.models.head import CosineClassifier, FeatureMemory, LinearClassifier, NormalizedClassifier, Projector, build_classifier
+from bce3s.models.external import FORMS, build_external
 from bce3s.models.recogniser import Recogniser
 from bce3s.models.resnet import ResNet
 from bce3s.models.resnet_cifar import ResNetCifar
@@ -30,6 +32,7 @@ __all__ = [
     "NormalizedClassifier",
     "Projector",
     "Recogniser",
+    "build_backbone",
     "build_classifier",
     "build_recogniser",
     "load_pretrained",
@@ -71,8 +74,32 @@ ARCHS: dict[str, ArchEntry] = {
 }
 
 
+def build_backbone(config: ModelConfig, image_sides: tuple[int, ...] = ()) -> Backbone:
+    """Builds the backbone that `config.arch` names, with the weights that `config.pretrained` names.
+
+    Args:
+        config: backbone and its weights; the rest is not read.
+        image_sides: px, of the images of the run, those of evaluation first: a network from elsewhere is built for them and tried on them.
+
+    Raises:
+        ConfigError: unknown `arch` (lists the names), a network from elsewhere that does not do, or weights that are absent, damaged or
+            do not fit.
+        BackendError: timm is asked for and not installed.
+    """
+    if ":" in config.arch:
+        return build_external(config.arch, config.pretrained, image_sides)
+    require_choice("arch", config.arch, (*ARCHS, *FORMS))
+    backbone = ARCHS[config.arch].build()
+    if config.pretrained:
+        load_pretrained(backbone, Path(config.pretrained))
+    return backbone
+
+
 def build_recogniser(
-    config: ModelConfig, num_classes: int, build_head: Callable[[int, int], nn.Module | None] = lambda feature_dim, num_classes: None
+    config: ModelConfig,
+    num_classes: int,
+    build_head: Callable[[int, int], nn.Module | None] = lambda feature_dim, num_classes: None,
+    image_sides: tuple[int, ...] = (),
 ) -> Recogniser:
     """Builds the network of a run.
 
@@ -80,15 +107,13 @@ def build_recogniser(
         config: backbone, classifier and sizes; "auto" is the normalised classifier; pretrained weights are the backbone's alone.
         num_classes: K.
         build_head: from feature dimension and K to the layers of the method's own.
+        image_sides: px, of the images of the run, those of evaluation first.
 
     Raises:
-        ConfigError: unknown `arch` (lists the names), or weights that are absent, damaged or do not fit.
+        ConfigError, BackendError: as `build_backbone`.
     """
-    require_choice("arch", config.arch, tuple(ARCHS))
     require(num_classes >= 1, f"num_classes must be at least 1, not {num_classes}")
-    backbone = ARCHS[config.arch].build()
-    if config.pretrained:
-        load_pretrained(backbone, Path(config.pretrained))
+    backbone = build_backbone(config, image_sides)
     dim = backbone.feature_dim
     classifier = build_classifier(config.classifier, dim, num_classes, config.classifier_scale, bias_prior=config.bias_prior)
     return Recogniser(backbone, num_classes, config.projection_dim, classifier, build_head(dim, num_classes))

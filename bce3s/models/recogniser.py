@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from bce3s.heads import FeatureMemory, NormalizedClassifier, Projector
 from bce3s.models.backbone import Backbone
-from bce3s.models.head import FeatureMemory, NormalizedClassifier, Projector
 
 
 class Recogniser(nn.Module):

@@ -12,11 +12,14 @@ from bce3s.retrain.record import is_stage_two, require_room, require_same_retrai
 from bce3s.retrain.report import print_stage_two
 from bce3s.retrain.stage_one import load_stage_one, stage_two_folder
 from bce3s.retrain.stage_two import StageTwo
-from bce3s.train import Cursor, StoppedError, checkpoint_of_result
+from bce3s.trackers import follow_finished
+from bce3s.train import Cursor, StoppedError, Telling, checkpoint_of_result
 from pipelines.format import ShardSet
 
 
-def retrain_after(run: Path, config: TrainConfig, shards: ShardSet, console: Console, stop: StopRequest, *, may_be_done: bool) -> None:
+def retrain_after(
+    run: Path, config: TrainConfig, shards: ShardSet, console: Console, stop: StopRequest, telling: Telling, *, may_be_done: bool
+) -> None:
     """Retrains the classifier of the finished run in folder `run` and prints the result.
 
     Args:
@@ -25,6 +28,7 @@ def retrain_after(run: Path, config: TrainConfig, shards: ShardSet, console: Con
         shards: what it was trained on.
         console: what a person sees.
         stop: heard between batches; nothing is left behind then.
+        telling: quiet or not, and where its lines go as well.
         may_be_done: stage one was finished before this command: a stage two that came of these very weights by these settings stands.
 
     Raises:
@@ -36,7 +40,8 @@ def retrain_after(run: Path, config: TrainConfig, shards: ShardSet, console: Con
     if is_stage_two(folder):
         require_same_retraining(folder, config)
     if may_be_done and is_stage_two(folder) and started_from(folder, run, checkpoint):
-        console.print(f"both stages are finished: {folder}", highlight=False, soft_wrap=True)
+        if not telling.quiet:
+            console.print(f"both stages are finished: {folder}", highlight=False, soft_wrap=True)
         return
     require_room(folder, overwrite=True)  # of a stage one that is no more
     stage_one = load_stage_one(run, checkpoint, shards, config.device)
@@ -47,6 +52,7 @@ def retrain_after(run: Path, config: TrainConfig, shards: ShardSet, console: Con
         if stop.name is not None:
             raise StoppedError(stop.name, Cursor(**stage_one.state["cursor"]))
 
-    stage_two = StageTwo(stage_one, config.retrain, console, check)
+    stage_two = StageTwo(stage_one, config.retrain, console, check, telling)
     result = stage_two.run(folder)
+    follow_finished(telling.tracker, folder, lambda sentence: console.print(sentence, style="bold red", highlight=False, soft_wrap=True))
     print_stage_two(console, stage_two, result, folder)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bce3s.config import ModelConfig, RetrainConfig
-from bce3s.models import LinearClassifier, NormalizedClassifier, build_classifier
-from bce3s.models.head import NORM_EPS
+from bce3s.heads import NORM_EPS, LinearClassifier, NormalizedClassifier, build_classifier
 from pipelines.types import ConfigError
 
 

@@ -112,7 +112,13 @@ def require_room(out: Path, *, overwrite: bool) -> None:
 
 
 def write_stage_two(
-    out: Path, stage_one: StageOne, config: TrainConfig, model_state: dict[str, Any], cursor: dict[str, Any], lines: list[dict[str, Any]]
+    out: Path,
+    stage_one: StageOne,
+    config: TrainConfig,
+    model_state: dict[str, Any],
+    cursor: dict[str, Any],
+    lines: list[dict[str, Any]],
+    command: str = "",
 ) -> None:
     """Writes all files beside `out` and moves them there in one step; what a killed process left half written goes first.
 
@@ -123,6 +129,7 @@ def write_stage_two(
         model_state: of the whole network.
         cursor: epochs and steps of stage two.
         lines: of metrics.jsonl, the summary last.
+        command: that it was started by.
 
     Raises:
         UserError: the disk is full or read-only; what was there before still stands.
@@ -146,6 +153,7 @@ def write_stage_two(
         "shards": stage_one.shards.address,
         "fingerprint": stage_one.shards.fingerprint,
         "loss_floors": {},
+        "command": command,
         "stage": STAGE,
         "stage_one": stage_one_facts(stage_one),
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 from bce3s.config import RetrainConfig, TrainConfig
 from bce3s.evaluate import evaluate
 from bce3s.metrics import Accuracy, FeatureStatistics, confidence_kind, format_percent
+from bce3s.progress import is_live
 from bce3s.retrain.class_balanced import ClassBalancedBCE, CrossEntropy, StageTwoLoss
 from bce3s.retrain.classifiers import start_retraining
 from bce3s.retrain.features import FrozenBackbone, accuracy_on, affordable_epochs, evaluation_features, training_features
@@ -26,7 +27,7 @@ from bce3s.retrain.loaders import BALANCED_METHODS, StageLoaders
 from bce3s.retrain.record import write_stage_two
 from bce3s.retrain.stage_one import StageOne
 from bce3s.retrain.steps import ClassifierSteps
-from bce3s.train import Cursor, RunResult, TrainingError, measure_with_geometry, summary
+from bce3s.train import SPOKEN, Cursor, RunResult, Telling, TrainingError, measure_with_geometry, summary
 from pipelines.config import OrderConfig
 from pipelines.order import SampleOrder
 
@@ -41,7 +42,14 @@ class StageTwo:
         config: of the result, with what "auto" and 0 stand for filled in.
     """
 
-    def __init__(self, stage_one: StageOne, retrain: RetrainConfig, console: Console, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        stage_one: StageOne,
+        retrain: RetrainConfig,
+        console: Console,
+        check: Callable[[], None] = lambda: None,
+        telling: Telling = SPOKEN,
+    ) -> None:
         """Prepares the classifier; opens no data yet.
 
         Args:
@@ -49,11 +57,12 @@ class StageTwo:
             retrain: what to do.
             console: what a person sees.
             check: called before each batch; may raise to stop, and nothing is left behind.
+            telling: quiet or not, and the command for its record.
 
         Raises:
             ConfigError: the method does not fit the classifier, or there is nothing to evaluate on.
         """
-        config, self.stage_one = stage_one.config, stage_one
+        config, self.stage_one, self._telling = stage_one.config, stage_one, telling
         self._retrain = retrain.resolved()
         self._console, self._check, self._placement, self._model = console, check, stage_one.placement, stage_one.model
         self._retraining = start_retraining(self._model.classifier, config.model, self._retrain, config.seed)
@@ -95,7 +104,7 @@ class StageTwo:
         lines = [*self._lines, {"kind": "summary", **summary(result), **facts}]
         accuracy, epoch, _ = self._best
         cursor = Cursor(epoch=len(self._lines), global_step=steps, best_accuracy=accuracy, best_epoch=epoch)
-        write_stage_two(out, self.stage_one, self.config, self._model.state_dict(), asdict(cursor), lines)
+        write_stage_two(out, self.stage_one, self.config, self._model.state_dict(), asdict(cursor), lines, self._telling.command)
         return result
 
     def _train(self) -> int:
@@ -204,7 +213,7 @@ class StageTwo:
     @contextmanager
     def _bar(self, text: str, num_steps: int) -> Iterator[Callable[[], None]]:
         """A bar on a terminal; yields what advances it, which also checks whether to stop."""
-        with Progress(console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
+        with Progress(console=self._console, transient=True, disable=self._telling.quiet or not is_live(self._console)) as progress:
             task = progress.add_task(text, total=num_steps)
 
             def advance() -> None:
@@ -219,4 +228,5 @@ class StageTwo:
     def _say_epoch(self, epoch: int, loss: float, accuracy: Accuracy) -> None:
         figures = accuracy.headline()
         groups = "  ".join(f"{name} {format_percent(figures[name])}" for name in ("all", "many", "medium", "few"))
-        self._say(f"stage two, epoch {epoch + 1:>3}/{self._retrain.epochs}  loss {loss:.4f}  {groups}")
+        if not self._telling.quiet:
+            self._say(f"stage two, epoch {epoch + 1:>3}/{self._retrain.epochs}  loss {loss:.4f}  {groups}")

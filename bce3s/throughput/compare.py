@@ -91,12 +91,12 @@ def _short(value: Any) -> str:
 
 
 def read_profile(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """A record that `bce3s profile --json` wrote, and its rows; rows that this program does not know are left out.
+    """A record that `bce3s profile --json-out` wrote, and its rows; rows that this program does not know are left out.
 
     Raises:
         UserError: missing, damaged, or not a profile; names the path.
     """
-    advice = "make one with 'bce3s profile --json FILE'"
+    advice = "make one with 'bce3s profile --json-out FILE'"
     try:
         record = json.loads(path.read_bytes())
     except OSError as error:

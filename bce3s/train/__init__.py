@@ -15,14 +15,17 @@ from bce3s.train.build import (
 from bce3s.train.geometry import measure_with_geometry
 from bce3s.train.result import RunResult, summary
 from bce3s.train.state import Cursor, require_same_record
+from bce3s.train.telling import SPOKEN, Telling
 from bce3s.train.trained import TrainedNetwork, load_trained, open_network, shards_of, with_loader_for
 from bce3s.train.trainer import StoppedError, Trainer, TrainingError
 
 __all__ = [
     "BEST_CHECKPOINT",
+    "SPOKEN",
     "Cursor",
     "RunResult",
     "StoppedError",
+    "Telling",
     "TrainedNetwork",
     "Trainer",
     "TrainingError",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bce3s.checkpoint import CheckpointError, CheckpointFolder, Loaded
-from bce3s.config import TrainConfig, from_dict
+from bce3s.config import TrainConfig, from_dict, parse_image_sizes
 from bce3s.device import Placement, resolve_device, resolve_placement
 from bce3s.losses import loss_class, resolve_method
 from bce3s.models import Recogniser, build_recogniser
@@ -27,7 +27,8 @@ def build_model(config: TrainConfig, num_classes: int, placement: Placement) -> 
     """The network with weights drawn from the config's seed, on its device and in its memory layout."""
     torch.manual_seed(config.seed)
     config, method = resolve_method(config), loss_class(config.loss.name)
-    model = build_recogniser(config.model, num_classes, partial(method.build_head, config.loss))
+    sides = (config.data.image_size, *parse_image_sizes(config.image_sizes).values())
+    model = build_recogniser(config.model, num_classes, partial(method.build_head, config.loss), sides)
     memory_format = torch.channels_last if placement.channels_last else torch.contiguous_format
     return model.to(device=placement.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
 

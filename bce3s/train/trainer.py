@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from bce3s.evaluate import evaluate
 from bce3s.interrupt import StopRequest
 from bce3s.losses import build_loss, resolve_method
 from bce3s.metrics import Accuracy, FeatureStatistics, confidence_kind
-from bce3s.progress import TrainingProgress
+from bce3s.progress import TrainingProgress, is_live
+from bce3s.progress.device_load import total_memory_bytes
 from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, RunLog, read_metrics
 from bce3s.step import TrainStep
 from bce3s.throughput.waits import DataWaits, Occupancy, binding_sentence
@@ -33,6 +35,7 @@ from bce3s.train.result import RunResult, summary
 from bce3s.train.saves import Saves
 from bce3s.train.selection import best_weights, resolve_selection
 from bce3s.train.state import Cursor, RunState, require_same_start
+from bce3s.train.telling import SPOKEN, Telling, epoch_line, step_line, told
 from pipelines.durable import write_atomically
 from pipelines.format import ShardSet
 from pipelines.loaders import PlannedLoader, choose_loader
@@ -69,6 +72,7 @@ class Trainer:
         *,
         stop: StopRequest | None = None,
         continues: bool = False,
+        telling: Telling = SPOKEN,
     ) -> None:
         """Builds model, step and loaders.
 
@@ -80,6 +84,7 @@ class Trainer:
             world: this process among its ranks.
             stop: heard from the start of the command on; by default from `fit` on.
             continues: `resume` comes next and brings every weight.
+            telling: what is shown, tracked and recorded of it.
 
         Raises:
             UserError: shards of another data set, unknown names, a device or package that is missing.
@@ -90,7 +95,7 @@ class Trainer:
             raise ConfigError(
                 f"{shards.root} holds data set '{shards.dataset}', not '{config.dataset}'; name the right --shards or --dataset"
             )
-        self.shards, self.out, self.world = shards, out, world
+        self.shards, self.out, self.world, self.telling = shards, out, world, telling
         self.console = console if world.is_main else Console(quiet=True)
         self.placement: Placement = resolve_placement(config, world.local_rank)
         apply_numerics(config)
@@ -103,7 +108,7 @@ class Trainer:
             self.model = build_model(without_pretrained(config) if continues else config, len(shards.class_names), self.placement)
             self.loss = build_loss(config.loss, torch.from_numpy(self.train_counts_K).to(self.placement.device))
             self.step = TrainStep(self.model, self.loss, config, self.placement, world)
-            with self.console.status("opening shards"):
+            with self.console.status("opening shards") if is_live(self.console) and not telling.quiet else nullcontext():
                 splits = ("train", self.selection.split, self.selection.report_split)
                 self.loaders = RunLoaders(config, shards, splits, self.placement.device, world)
         except torch.OutOfMemoryError:
@@ -165,8 +170,9 @@ class Trainer:
             self._write_record()
         num_steps = self.loaders["train"].num_steps
         # The other ranks write nothing: what they would say, the main one says.
-        log = RunLog(self.out if self.world.is_main else None, cursor.epoch, cursor.step, self._say_loudly)
-        with log, TrainingProgress(self.console, self.config.epochs, num_steps, cursor.epoch * num_steps + cursor.step) as progress:
+        folder = self.out if self.world.is_main else None
+        place = (self.console, self._say_loudly, self.placement.device)
+        with told(folder, cursor, num_steps, self.telling, *place) as (log, progress):
             while cursor.epoch < self.config.epochs:
                 line = self._train_epoch(log, progress)
                 self._end_epoch(line, log, progress)
@@ -188,6 +194,8 @@ class Trainer:
             "shards": self.shards.address,
             "fingerprint": self.shards.fingerprint,
             "loss_floors": self.loss.floors(len(self.train_counts_K)),
+            "gpu_memory_bytes": total_memory_bytes(self.placement.device),
+            "command": self.telling.command,
         }
         write_atomically(self.out / ENVIRONMENT_FILE, json.dumps(record, indent=1).encode())
 
@@ -202,12 +210,12 @@ class Trainer:
             means.add(self.step(batch, loader.num_steps), batch.step)
             cursor.step, cursor.global_step = batch.step + 1, cursor.global_step + 1
             cursor.epoch_images += batch.num_sources * self.world.size
-            progress.advance(cursor.epoch)
+            progress.advance(cursor.step)
             if cursor.step % self.config.log_every == 0:
                 values, now_s = self._finite(means.recent(), log), time.perf_counter()
+                cursor.epoch_s = now_s - began_s
                 rates = {"images_per_s": (cursor.epoch_images - logged_images) / (now_s - logged_s), **asdict(waits.recent())}
-                log.write({"kind": "step", "epoch": cursor.epoch, "step": batch.step, **rates, **values})
-                progress.show_rates(rates["images_per_s"], rates["data_wait_share"], values)
+                log.write(step_line(cursor, self.config.epochs, loader.num_steps, rates, self.loss.views, self.placement.device) | values)
                 logged_s, logged_images = now_s, cursor.epoch_images
             cursor.epoch_s = time.perf_counter() - began_s
             stop, save = self._agreement.exchange(self._stop.name is not None, self.saves.ask())
@@ -219,8 +227,8 @@ class Trainer:
         values = self._finite(means.epoch(), log)
         cursor.epoch_s, occupancy = time.perf_counter() - began_s, waits.total()
         self._say_if_data_binds(occupancy)
-        rate = cursor.epoch_images / cursor.epoch_s
-        return {"epoch": cursor.epoch, "images_per_s": rate, "train_s": cursor.epoch_s, **asdict(occupancy), **values}
+        rates = {"images_per_s": cursor.epoch_images / cursor.epoch_s, **asdict(occupancy)}
+        return epoch_line(cursor, self.config.epochs, loader.num_steps, rates, self.loss.views) | values
 
     def _batches(self, loader: PlannedLoader) -> Iterator[Batch]:
         """The rest of the epoch."""
@@ -230,7 +238,7 @@ class Trainer:
     def _end_epoch(self, line: dict[str, Any], log: RunLog, progress: TrainingProgress) -> None:
         """Evaluation where it is due, the epoch's line, and a save where that is due."""
         cursor, epoch = self.state.cursor, self.state.cursor.epoch
-        accuracy = None
+        accuracy, began_s = None, time.perf_counter()
         if (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs:
             self._stop_if_asked(self._agreed(self._stop.name is not None))
             with self.state.rank_average():
@@ -238,8 +246,8 @@ class Trainer:
                 if self.selection.score(accuracy) > cursor.best_accuracy:
                     cursor.best_accuracy, cursor.best_epoch = self.selection.score(accuracy), epoch
                     self.saves.keep_best()
-        log.write({"kind": "epoch", **line, "split": self.selection.split, **(accuracy.headline() if accuracy else {})})
-        progress.show_epoch(epoch, line, accuracy)
+        figures = {"eval_s": time.perf_counter() - began_s, **accuracy.headline()} if accuracy else {}
+        log.write({**line, "split": self.selection.split, **figures})
         cursor.next_epoch()
         self.state.means.clear()
         if cursor.epoch == self.config.epochs:
@@ -272,7 +280,7 @@ class Trainer:
         split = self.shards.split("train")
         stored_side = float(np.median(np.minimum(split.heights_N, split.widths_N)))
         sentence = binding_sentence(occupancy, self.loader_choice, self.config.data, stored_side)
-        if sentence:
+        if sentence and not self.telling.quiet:
             self._said_data_binds = True
             self.console.print(sentence, highlight=False, soft_wrap=True)
 

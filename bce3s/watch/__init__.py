@@ -1,1 +1,1 @@
-"""Follow a run from another terminal."""
+"""Follow a run from another terminal, or another machine that sees its folder."""

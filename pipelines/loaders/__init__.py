@@ -26,7 +26,7 @@ LOADERS: dict[str, str] = {
 MADE_UP_PIXELS = ("cached", "synthetic")  # for measuring: what they show does not belong to the labels
 _NEED_NO_FOLDER = ("cached", "synthetic", "webdataset")
 
-__all__ = ["LOADERS", "MADE_UP_PIXELS", "LoaderChoice", "PlannedLoader", "build_loader", "choose_loader"]
+__all__ = ["LOADERS", "MADE_UP_PIXELS", "DataConfig", "LoaderChoice", "PlannedLoader", "build_loader", "choose_loader"]
 
 
 def build_loader(

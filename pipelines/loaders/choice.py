@@ -61,7 +61,7 @@ def is_installed(package: str) -> bool:
     """Whether a package can be found, without importing more than what it lies in."""
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:
+    except ImportError:  # what it lies in is not there, or broken
         return False
 
 

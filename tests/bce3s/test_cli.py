@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipelines.loaders import LOADERS
 from tests.commands import run
 
-ROOT = Path(__file__).resolve().parents[2]
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 FAST = ["--recipe", "cifar10lt_resnet20_40ep", "--epochs", "1", "--precision", "fp32", "--device", "cpu"]
 
 
@@ -93,6 +92,36 @@ def test_print_config_is_json_and_trains_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_print_config_says_what_profile_and_stage_two_would_do(trained: tuple[Path, Path]) -> None:
+    folder, _ = trained
+    before = sorted(folder.rglob("*"))
+    profiled = json.loads(run("profile", "--dataset", "demo", "--batch-size", "8", "--print-config", cwd=folder).stdout)
+    assert (profiled["dataset"], profiled["data"]["batch_size"], profiled["loss"]["name"]) == ("demo", 8, "bce3s")
+    second = json.loads(run("retrain-classifier", "runs/one", "--method", "crt", "--lr", "0.5", "--print-config", cwd=folder).stdout)
+    assert (second["retrain"]["method"], second["retrain"]["learning_rate"], second["dataset"]) == ("crt", 0.5, "cifar10-lt")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_quiet_leaves_the_result(trained: tuple[Path, Path]) -> None:
+    folder, shards = trained
+    evaluated = run("evaluate", "runs/one", "-q", cwd=folder)
+    assert (evaluated.stdout, evaluated.stderr) == (run("evaluate", "runs/one", cwd=folder).stdout, "")
+    command = ("retrain-classifier", "runs/one", "--epochs", "1", "--overwrite", "--out", "second")
+    loud, quiet = run(*command, cwd=folder), run(*command, "--quiet", cwd=folder)
+    assert "stage two (bce)" in quiet.stdout
+    assert loud.stdout.endswith(quiet.stdout)
+    assert len(loud.stdout) > len(quiet.stdout)
+    for options in ([], ["-q"]):
+        assert "images in" in run(str(shards), *options, cwd=folder, program=str(TOOLS / "verify_shards.py")).stdout
+    photos = folder / "photos"
+    for number in range(8):
+        place = photos / ("ant", "bee")[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(place)
+    made = run("--dataset", "folder", "--source", "photos", "--out", "made", "-q", cwd=folder, program=str(TOOLS / "make_shards.py"))
+    assert (made.stdout, made.stderr) == ("shards: made\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -158,11 +187,3 @@ def test_resume_of_a_checkpoint_of_another_dataset_is_one_sentence(trained: tupl
 )
 def test_a_mistake_in_evaluate_is_one_sentence(trained: tuple[Path, Path], arguments: list[str], sentence: str) -> None:
     assert_one_sentence(run("evaluate", *arguments, cwd=trained[0]), sentence)
-
-
-def test_help_needs_no_torch(tmp_path: Path) -> None:
-    code = "import sys; from bce3s.cli import app; assert 'torch' not in sys.modules, 'the command line imports torch at once'"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr

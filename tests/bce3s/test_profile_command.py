@@ -42,7 +42,7 @@ def num_threads(pid: int) -> int:
 def profiled(make_shards: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """The folder with a.json, a.svg and trace.json of a quick profile; its record, and what it printed at 80 columns."""
     folder = tmp_path_factory.mktemp("profile")
-    files = ["--json", "a.json", "--plot", "a.svg", "--trace", "trace.json"]
+    files = ["--json", "a.json", "--plot", "a.svg", "--trace", "trace.json"]  # the old spelling of --json-out
     shards = ["--dataset", "cifar10-lt", "--shards", str(make_shards().root), "--loader", "dali"]
     found = run(*shards, *SETTINGS, "--quick", *files, cwd=folder, columns=80)
     assert found.returncode == 0, found.stderr
@@ -155,6 +155,9 @@ def test_compare_finds_a_regression_by_exit_status(profiled: tuple[Path, dict[st
     assert "regression: loader" in slower.stdout.splitlines()
     assert run("--compare", earlier, "b.json", "--threshold", "0.99", cwd=tmp_path).returncode == 0
     assert run("--compare", "b.json", earlier, cwd=tmp_path).returncode == 0  # faster is no regression
+    printed = run("--compare", earlier, "b.json", "--json", cwd=tmp_path)
+    assert (printed.returncode, json.loads(printed.stdout)["worse"]) == (1, ["loader"])
+    assert {change["outcome"] for change in json.loads(printed.stdout)["changes"]} == {"same", "slower"}
     other = json.loads((tmp_path / "b.json").read_text())
     other["data"]["fingerprint"] = "0" * 64
     (tmp_path / "c.json").write_text(json.dumps(other))
@@ -171,8 +174,10 @@ def test_compare_finds_a_regression_by_exit_status(profiled: tuple[Path, dict[st
         ([], "--dataset is missing"),
         (["--dataset", "cifar10-lt", "--shards", "absent"], "no shards at absent"),
         (["--dataset", "cifar10-lt", "--repeats", "4"], "--repeats must be at least 5"),
-        (["--dataset", "cifar10-lt", "--json", "absent/a.json"], "lies in a folder that does not exist"),
-        (["--dataset", "cifar10-lt", "--json", "/sys/a.json"], "--json /sys/a.json cannot be written there"),
+        (["--dataset", "cifar10-lt", "--json-out", "absent/a.json"], "lies in a folder that does not exist"),
+        (["--dataset", "cifar10-lt", "--json-out", "/sys/a.json"], "--json-out /sys/a.json cannot be written there"),
+        (["--dataset", "cifar10-lt", "--json", "--json-out", "a.json", "b.json"], "--json FILE means --json-out FILE: give one of them"),
+        (["--dataset", "cifar10-lt", "a.json"], "'a.json' belongs to no option; --json-out a.json writes JSON there"),
         (["--dataset", "cifar10-lt", "--plot", "a.gif"], "--plot writes .png or .svg, not 'a.gif'"),
         (["--dataset", "cifar10-lt", "--set", "speed=1"], "unknown setting 'speed'"),
         (["--dataset", "cifar10-lt", "--shards", "SHARDS", "--arch", "vgg"], "unknown arch 'vgg'"),
@@ -192,7 +197,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(make_shards: Any, tmp_path
 def test_an_interruption_leaves_nothing_half_written(make_shards: Any, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("as before")
     shards = ["--dataset", "cifar10-lt", "--shards", str(make_shards().root), "--loader", "dali"]
-    process = start(*shards, *SETTINGS, "--seconds", "60", "--json", "a.json", cwd=tmp_path)
+    process = start(*shards, *SETTINGS, "--seconds", "60", "--json-out", "a.json", cwd=tmp_path)
     while num_threads(process.pid) < 17:  # sixteen read the storage, for a minute
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -209,7 +214,7 @@ def test_on_a_gpu_no_row_is_left_out(make_shards: Any, tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shards = make_shards(size=None, extension="jpg", name="folder")
     settings = ["--device", "cuda", "--arch", "resnet20-cifar", "--batch-size", "8", "--set", "data.image_size=32", "--loader", "dali"]
-    found = run("--dataset", "folder", "--shards", str(shards.root), *settings, "--seconds", "0.2", "--json", "a.json", cwd=tmp_path)
+    found = run("--dataset", "folder", "--shards", str(shards.root), *settings, "--seconds", "0.2", "--json-out", "a.json", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     record = json.loads((tmp_path / "a.json").read_text())
     unmeasured = {row["key"]: row["text"] for row in record["rows"] if not row["measured"]}

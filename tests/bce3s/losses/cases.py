@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bce3s.config import LossConfig
+from bce3s.heads import FeatureMemory, Projector, build_classifier
 from bce3s.losses import LOSSES, LossInputs, LossOutput, MixedTargets, Share, build_loss, loss_class
-from bce3s.models import FeatureMemory, Projector
-from bce3s.models.head import build_classifier
 
 # What whole steps are tried with each time: all terms and the kernels, the plainest, and phases with a scaled cosine. To a step the others
 # are variations of these, and `tests/bce3s/test_methods.py` tries those with layers of their own.

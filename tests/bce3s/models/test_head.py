@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bce3s.models.head import CosineClassifier, FeatureMemory, LinearClassifier, NormalizedClassifier, Projector, build_classifier
+from bce3s.heads import CosineClassifier, FeatureMemory, LinearClassifier, NormalizedClassifier, Projector, build_classifier
 
 ORACLE_DIR = Path(__file__).resolve().parents[4] / "shared" / "oracle"
 

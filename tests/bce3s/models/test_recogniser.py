@@ -66,7 +66,8 @@ def test_an_idle_projector_is_left_alone_by_the_optimizer() -> None:
 
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"^unknown arch 'resnet19'; known: resnet8-cifar, .*resnext50-32x4d$"):
+    forms = r"timm:NAME, package\.module:factory; did you mean 'resnet18'\?"
+    with pytest.raises(ConfigError, match=rf"^unknown arch 'resnet19'; known: resnet8-cifar, .*resnext50-32x4d, {forms}$"):
         build_recogniser(ModelConfig(arch="resnet19"), 10)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bce3s.checkpoint import load_checkpoint
 from bce3s.config import TrainConfig
 from bce3s.distributed import World, join_world, leave_world
-from bce3s.progress import TrainingProgress
+from bce3s.progress import Standing, TrainingProgress
 from bce3s.train import StoppedError, Trainer, newest_checkpoint
 from pipelines.format import open_shards
 from pipelines.types import UserError
@@ -130,7 +130,7 @@ def terms_of_steps(trainer: Trainer) -> list[dict[str, float]]:
 
 def evaluated(trainer: Trainer, run: Path) -> dict[str, Any]:
     trainer.model.load_state_dict(load_checkpoint(newest_checkpoint(run), CPU)["model"])
-    with TrainingProgress(console(), 1, 1, 0) as progress:
+    with TrainingProgress(console(), Standing()) as progress:
         figures = trainer._evaluate("test", progress, flip_tta=True)
     return {name: (accuracy.num_images, accuracy.all, accuracy.per_class) for name, accuracy in figures.items()}
 

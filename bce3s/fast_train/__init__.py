@@ -1,0 +1,1 @@
+"""The command `bce3s fast-train`: from options to a `Launch`."""
