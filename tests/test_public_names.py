@@ -28,8 +28,8 @@ PUBLIC = {
     """,
     "bce3s.train": """
         BEST_CHECKPOINT SPOKEN Cursor RunResult StoppedError Telling TrainedNetwork Trainer TrainingError average_applied build_model
-        checkpoint_of_result load_last load_run load_trained measure_with_geometry newest_checkpoint open_network require_same_record
-        saved_loader shards_of summary with_loader_for
+        checkpoint_of_result load_last load_run load_trained measure_with_geometry moment_of newest_checkpoint open_network
+        require_same_record retrained_with saved_loader shards_of summary with_loader_for
     """,
     "pipelines.augment": "channel_statistics mix_views normalise",
     "pipelines.conversion": """

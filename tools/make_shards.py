@@ -209,7 +209,7 @@ class StageProgress:
         self._console = console
         self.bars = Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=5, expand=True)
         self._tasks: dict[str, TaskID] = {}
-        self._first: dict[str, tuple[int, float]] = {}
+        self._first: dict[str, tuple[int, int, float]] = {}
         self._line_s: dict[str, float] = {}
 
     def __call__(self, stage: str, total: int, images: int, num_bytes: int, skipped: int) -> None:
@@ -219,18 +219,19 @@ class StageProgress:
             if not self.bars.live.is_started and not self.bars.disable:
                 self.bars.start()  # its thread must not exist before the workers are forked
             self._tasks[stage] = self.bars.add_task(stage, total=total, rates="")
-            self._first[stage] = images + skipped, now_s
+            self._first[stage] = images + skipped, num_bytes, now_s
             self._line_s[stage] = now_s
-        first, started_s = self._first[stage]
+        first, first_bytes, started_s = self._first[stage]
         elapsed_s = max(now_s - started_s, 1e-3)
         rates = [f"{skipped:,} skipped"] if skipped else []  # first, for it is what must not be cut
-        rates.append(f"{(images + skipped - first) / elapsed_s:,.0f} images/s")
-        rates += [f"{num_bytes / 1e6 / elapsed_s:,.0f} MB/s"] if num_bytes else []
         done = images + skipped
+        if done > first:  # what was there at the first report took a time that nobody knows: a small set has no rate
+            rates.append(f"{(done - first) / elapsed_s:,.0f} images/s")
+            rates += [f"{(num_bytes - first_bytes) / 1e6 / elapsed_s:,.0f} MB/s"] if num_bytes > first_bytes else []
         self.bars.update(self._tasks[stage], completed=done, rates=", ".join(rates))
         if self.bars.disable and (now_s - self._line_s[stage] > _LINE_EVERY_S or (done == total and self._line_s[stage] < float("inf"))):
             self._line_s[stage] = now_s if done < total else float("inf")
-            say(self._console, f"{stage}: {done:,} of {total:,} images, {', '.join(rates)}")
+            say(self._console, ", ".join((f"{stage}: {done:,} of {total:,} images", *rates)))
 
 
 def say(console: Console, sentence: str) -> None:

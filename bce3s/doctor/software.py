@@ -221,7 +221,8 @@ def _jpeg_row(found: dict[str, Any], capability: tuple[int, ...]) -> Row:
     """The hardware JPEG decoder: as nvJPEG counts its engines, else as the compute capability lets one infer."""
     row: dict[str, Any] = {"section": "gpu", "name": "JPEG engine"}
     if found.get("engines") is not None:
-        value = f"{found['engines']} engines, by nvJPEG" if found["engines"] else "none, by nvJPEG: the GPU's cores decode"
+        engines = "1 engine" if found["engines"] == 1 else f"{found['engines']} engines"  # an A100 has one, an H100 seven
+        value = f"{engines}, by nvJPEG" if found["engines"] else "none, by nvJPEG: the GPU's cores decode"
         return Row(status=OK, value=value, figures={"engines": found["engines"]}, **row)
     inferred = f"inferred from compute capability {'.'.join(str(part) for part in capability)}; nvJPEG could not be asked"
     if capability in _WITH_ENGINE:

@@ -46,10 +46,10 @@ def evaluate_run(
     from bce3s.evaluate.table import geometry_tables
     from bce3s.progress import accuracy_table
     from bce3s.runlog import ENVIRONMENT_FILE, read_json
-    from bce3s.train import checkpoint_of_result, load_trained, shards_of
+    from bce3s.train import checkpoint_of_result, load_trained, moment_of, retrained_with, shards_of
     from pipelines.format.bus_error import explain_bus_errors_of
 
-    recorded = read_json(run / ENVIRONMENT_FILE)
+    read_json(run / ENVIRONMENT_FILE)  # or one sentence: it is no run
     resolve_device(device)  # before a large file is read
     checkpoint = checkpoint or ("last" if average else checkpoint_of_result(run))  # no best checkpoint keeps an average
     loaded = load_trained(run, checkpoint)
@@ -60,10 +60,10 @@ def evaluate_run(
     require_same_data(state, path, opened.dataset, opened.fingerprint, opened.root)
     explain_bus_errors_of(opened.root)
     console = Console(stderr=json_output)
-    retrained_with = _retrained_with(recorded, state)
-    name = f"stage two ({retrained_with}), " if retrained_with else ""
-    name += _measured(checkpoint, state, opened) + (", average of weights" if average else "")
-    measuring = _Measuring(split, average, features, tau, retrained_with)
+    method = retrained_with(state, run)
+    name = f"stage two ({method}), " if method else ""
+    name += moment_of(state, path, opened) + (", average of weights" if average else "")
+    measuring = _Measuring(split, average, features, tau, method)
     figures, geometry = _measure(opened, measuring, state, path, device, None if quiet else console)
     adjusted = f"adjusted τ={tau:g}"
     labels = {"plain": name, "plain_adjusted": f"{name}, {adjusted}"}
@@ -88,11 +88,6 @@ class _Measuring(NamedTuple):
     features: bool
     tau: float
     retrained_with: str
-
-
-def _retrained_with(recorded: dict[str, Any], state: dict[str, Any]) -> str:
-    """The method of a stage two; empty for a stage one."""
-    return str(json.loads(state["config"])["retrain"]["method"]) if recorded.get("stage") == 2 else ""
 
 
 def _measure(
@@ -127,14 +122,3 @@ def _measure(
             geometry = statistics.geometry(classifier_rows(model.classifier), counts_K) if statistics else None
     data.close()
     return figures, geometry
-
-
-def _measured(checkpoint: str, state: dict[str, Any], shards: ShardSet) -> str:
-    """'last epoch (3)', 'best epoch on val (2)', or of a run that is not at an epoch's end 'last checkpoint (step 12 of epoch 4)'."""
-    from bce3s.train import Cursor
-
-    cursor = Cursor(**state["cursor"])
-    if checkpoint == "best":
-        selection_split = "val" if shards.num_samples("val") else "test"
-        return f"best epoch on {selection_split} ({cursor.best_epoch + 1})"
-    return f"last checkpoint ({cursor})" if cursor.step else f"last epoch ({cursor.epoch})"

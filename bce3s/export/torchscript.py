@@ -48,7 +48,8 @@ def _open(path: Path, export: Export) -> Opened:
 def _deprecated() -> Iterator[None]:
     """Whoever asks for TorchScript by name, and reads so in the model card, need not be told for every function of it."""
     with warnings.catch_warnings():
-        for kind in (DeprecationWarning, FutureWarning):  # the latter from torch 2.14 on
+        # FutureWarning from torch 2.14 on; a tracer's fear, a shape taken for a constant, is what the check at several batch sizes finds.
+        for kind in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):
             warnings.simplefilter("ignore", kind)
         yield
 

@@ -34,7 +34,7 @@ class StandaloneLoss(nn.Module):
         bias_prior: see `ModelConfig`.
 
     Raises:
-        ConfigError: sizes that cannot be.
+        ConfigError: sizes or counts that cannot be.
     """
 
     class_counts_K: Tensor
@@ -52,8 +52,12 @@ class StandaloneLoss(nn.Module):
         bias_prior: bool = False,
     ) -> None:
         super().__init__()
-        counts_K = torch.as_tensor(class_counts_K, dtype=torch.int64)
+        given_K = torch.as_tensor(class_counts_K)
+        counts_K = given_K.to(torch.int64)
         require(counts_K.ndim == 1 and len(counts_K) > 0, "class_counts holds the training images of each class, one number a class")
+        # Shares of the classes, say, would all be cut to 0.
+        whole = bool((counts_K == given_K).all()) and int(counts_K.min()) >= 0 and int(counts_K.max()) > 0
+        require(whole, "class_counts holds whole numbers of images, none below 0 and not all 0")
         require(feature_dim >= 1 and projection_dim >= 1, f"feature_dim {feature_dim} and projection_dim {projection_dim} must be positive")
         num_classes = len(counts_K)
         self.method, self.config, self.num_epochs = method, config or LossConfig(), num_epochs
@@ -91,11 +95,13 @@ class StandaloneLoss(nn.Module):
             Total, float32 [], to be differentiated, and the detached terms, float32 [], before their weights.
 
         Raises:
-            ConfigError: another number of features than labels ask for.
+            ConfigError: another number of features than labels ask for, or of another dimension.
         """
         views = 2 if self.method.views == "pair" else 3 if partner_labels_B is not None else 1
         if len(features_VD) != views * len(labels_B):
             raise ConfigError(_wrong_rows(len(features_VD), len(labels_B), views))
+        feature_dim = self.classifier.in_features
+        require(features_VD.shape[1:] == (feature_dim,), f"features are [., {feature_dim}] here, not {list(features_VD.shape)}")
         partners_B = labels_B if partner_labels_B is None else partner_labels_B
         if epoch is None:
             epoch = max(self.num_epochs - 1, self.config.contrastive_warmup_epochs)

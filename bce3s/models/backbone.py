@@ -54,7 +54,7 @@ def load_pretrained(backbone: nn.Module, path: Path, classifiers: tuple[str, ...
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ConfigError(f"pretrained weights '{path}' do not exist or are not a file; download a torchvision state dict there")
+        raise ConfigError(f"pretrained weights '{path}' do not exist or are not a file; name a state dict of this architecture")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged pickle or zip fails in a dozen ways, none of which the user can tell apart.

@@ -49,6 +49,8 @@ def predict(
     require(top >= 1, f"--top must be at least 1, not {top}")
     require(batch_size is None or batch_size >= 1, f"--batch-size must be at least 1, not {batch_size}")
     require(0 <= adjust_logits < math.inf, f"--adjust-logits takes a τ from 0 on, such as 1, not {adjust_logits}")
+    is_file = run.suffix == ".safetensors"
+    require(not (is_file and checkpoint), f"--checkpoint chooses one of a run folder, and {run} is one already: leave it out")
     written_as = _format(output_format, out, images)
     require_inputs(images)
     if out is not None:

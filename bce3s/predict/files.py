@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from bce3s.losses.terms import prior_shift
 from bce3s.metrics import confidence_kind
-from bce3s.runlog import ENVIRONMENT_FILE, read_json
-from bce3s.train import TrainedNetwork
+from bce3s.train import TrainedNetwork, retrained_with
 from pipelines.augment.mix import channel_statistics, normalise
 from pipelines.loaders.loose import LooseLoader
 from pipelines.types import BackendError
@@ -133,6 +131,4 @@ def confidence_of(network: TrainedNetwork) -> str:
 
     Whether a stage two trained its classifier anew is known from the run's folder; of a file outside of one it is not.
     """
-    record = None if network.run is None else network.run / ENVIRONMENT_FILE
-    stage_two = record is not None and record.is_file() and read_json(record).get("stage") == 2
-    return confidence_kind(network.config.loss, str(json.loads(network.state["config"])["retrain"]["method"]) if stage_two else "")
+    return confidence_kind(network.config.loss, retrained_with(network.state, network.run))

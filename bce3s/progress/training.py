@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType
+from rich.text import Text
 
 from bce3s.progress.dashboard import Dashboard
 from bce3s.progress.device_load import DeviceLoad
@@ -61,13 +64,15 @@ class TrainingProgress:
     def standing(self, standing: Standing) -> None:
         self._dashboard.standing = standing
 
-    def _draw(self) -> Dashboard:
+    def _draw(self) -> Group:
         self._load.update(self.standing)
-        return self._dashboard
+        # The terminal writes ^C where the cursor is: behind a full line that would push the picture down, and its top would stay.
+        return Group(self._dashboard, Text())
 
     def __enter__(self) -> TrainingProgress:
         """Starts the dashboard."""
         if self._is_live:
+            self._console.control(Control(ControlType.CARRIAGE_RETURN))  # an early ^C stands there
             self._live.start()
         return self
 

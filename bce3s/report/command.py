@@ -130,5 +130,12 @@ def _left_out(found: Findings, drawn: Drawn) -> list[str]:
     from bce3s.report.figures import Missing
 
     missing = [f"not shown: {figure.title}: {figure.sentence}" for figure in drawn.values() if isinstance(figure, Missing)]
-    notes = [f"note: {note.sentence}" for run in found.runs for note in run.notes]
+    said_by: dict[str, dict[str, None]] = {}
+    for run in found.runs:
+        for note in run.notes:
+            said_by.setdefault(note.sentence, {})[run.name] = None
+    notes = []
+    for sentence, names in said_by.items():
+        named = [name for name in names if len(found.runs) > 1 and name not in sentence]
+        notes.append(f"note: {', '.join(named)}{': ' if named else ''}{sentence}")
     return list(dict.fromkeys([*missing, *notes]))

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from bce3s.checkpoint import require_same_data
 from bce3s.evaluate import classifier_rows, evaluate
@@ -14,8 +13,7 @@ from bce3s.metrics import Accuracy, FeatureStatistics, confidence_kind
 from bce3s.report.confusions import Predictions, most_confused, picture_pairs
 from bce3s.report.cosine_blocks import cosine_pictures
 from bce3s.report.findings import Measured, Note
-from bce3s.runlog import ENVIRONMENT_FILE, read_json
-from bce3s.train import BEST_CHECKPOINT, Cursor, TrainedNetwork, measure_with_geometry, open_network, with_loader_for
+from bce3s.train import TrainedNetwork, measure_with_geometry, moment_of, open_network, retrained_with, with_loader_for
 from pipelines.format import ShardSet
 from pipelines.loaders import build_loader
 from pipelines.types import IntArray
@@ -80,7 +78,7 @@ def measure_network(
 
         return evaluate(
             *(network.model, data, counts_K, config.data.augment, placement),
-            confidence=confidence_kind(config.loss, retrained_with(network)),
+            confidence=confidence_kind(config.loss, retrained_with(network.state, network.run)),
             features=features,
             on_predictions=predictions.add,
             on_step=advance,
@@ -109,7 +107,7 @@ def measure_classifier(network: TrainedNetwork, shards: ShardSet | None = None) 
     pictures = cosine_pictures(classifier_rows(network.model.classifier), network.class_counts_K)
     histogram, cosine_map = pictures or (None, None)
     return Measured(
-        checkpoint=_described(network, shards),
+        checkpoint=moment_of(network.state, network.path, shards),
         split="",
         accuracy=None,
         geometry=None,
@@ -118,18 +116,3 @@ def measure_classifier(network: TrainedNetwork, shards: ShardSet | None = None) 
         confused=(),
         took_s=time.perf_counter() - began_s,
     )
-
-
-def retrained_with(network: TrainedNetwork) -> str:
-    """The method of a stage two; empty for a stage one, and for a checkpoint that lies outside of a run."""
-    recorded: dict[str, Any] = read_json(network.run / ENVIRONMENT_FILE) if network.run else {}
-    return network.config.retrain.method if recorded.get("stage") == 2 else ""
-
-
-def _described(network: TrainedNetwork, shards: ShardSet | None) -> str:
-    """'last epoch (20)', 'best epoch on val (7)', or of a run that is not at an epoch's end 'last checkpoint (step 12 of epoch 4)'."""
-    cursor = Cursor(**network.state["cursor"])
-    if network.path.name == BEST_CHECKPOINT:
-        where = "" if shards is None else " on val" if shards.num_samples("val") else " on test"
-        return f"best epoch{where} ({cursor.best_epoch + 1})"
-    return f"last checkpoint ({cursor})" if cursor.step else f"last epoch ({cursor.epoch})"

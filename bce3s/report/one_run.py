@@ -88,6 +88,8 @@ def _say_if_unfinished(run: OpenedRun, measured: Measured | None) -> None:
     done = sum(line["kind"] == "epoch" for line in run.lines)
     broken = next((line for line in reversed(run.lines) if line["kind"] == "broken"), None)
     cause = f"its loss was not finite from step {broken['step'] + 1} of epoch {broken['epoch'] + 1} on" if broken else ""
+    if not cause and run.lines and run.lines[-1]["kind"] == "stopped":
+        cause = str(run.lines[-1].get("reason", "")).rstrip(".")
     standing = f"; its figures are of its {measured.checkpoint}" if measured is not None and measured.accuracy is not None else ""
     ended = f"{cause or 'it is still training or was stopped'}{standing}"
     run.note("headline", f"{run.name} has no result yet, {done} of {run.config.get('epochs')} epochs done: {ended}.")
@@ -116,7 +118,7 @@ def _calibration(run: OpenedRun, measured: Measured | None, result: dict[str, An
         return measured.accuracy.calibration
     recorded = result.get("calibration")
     if recorded is None:
-        run.note("calibration", f"{run.name} recorded no calibration, and it was not measured.")
+        run.note("calibration", "Calibration was not recorded, and it was not measured.")
         return None
     lists: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
     return Calibration(**lists)
@@ -127,13 +129,13 @@ def _features(run: OpenedRun, measured: Measured | None) -> dict[str, Any] | Non
         return {"split": measured.split, **measured.geometry.figures()}
     recorded: dict[str, Any] | None = run.summary.get("last_epoch_features")
     if recorded is None:
-        run.note("features", f"{run.name} recorded no geometry of its features, and it was not measured.")
+        run.note("features", "The geometry of the features was not recorded, and it was not measured.")
     return recorded
 
 
 def _command(run: OpenedRun) -> str:
     command, recorded = command_of(run.folder, run.config, run.environment)
     if not recorded:
-        missing = "this one has the same settings" if command else "its settings are those of another version"
-        run.note("settings", f"The command of {run.name} was not recorded; {missing}.")
+        missing = "the one shown has the same settings" if command else "its settings are those of another version"
+        run.note("settings", f"The command was not recorded; {missing}.")
     return command

@@ -104,7 +104,10 @@ class OpenedRun:
         except UserError as error:
             self._without_pass(str(error))
             return None
-        if found.fingerprint != self.environment.get("fingerprint"):
+        if "fingerprint" not in self.environment:
+            self._without_pass(f"{self.name} died before it recorded which shards it trains on")
+            return None
+        if found.fingerprint != self.environment["fingerprint"]:
             self._without_pass(f"the shards at {found.address} are not those that {self.name} was trained on")
             return None
         return found

@@ -16,7 +16,7 @@ from bce3s.train.geometry import measure_with_geometry
 from bce3s.train.result import RunResult, summary
 from bce3s.train.state import Cursor, require_same_record
 from bce3s.train.telling import SPOKEN, Telling
-from bce3s.train.trained import TrainedNetwork, load_trained, open_network, shards_of, with_loader_for
+from bce3s.train.trained import TrainedNetwork, load_trained, moment_of, open_network, retrained_with, shards_of, with_loader_for
 from bce3s.train.trainer import StoppedError, Trainer, TrainingError
 
 __all__ = [
@@ -36,9 +36,11 @@ __all__ = [
     "load_run",
     "load_trained",
     "measure_with_geometry",
+    "moment_of",
     "newest_checkpoint",
     "open_network",
     "require_same_record",
+    "retrained_with",
     "saved_loader",
     "shards_of",
     "summary",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bce3s.device import Placement
 from bce3s.models import Recogniser
 from bce3s.runlog import CONFIG_FILE, ENVIRONMENT_FILE, read_json
 from bce3s.train.build import BEST_CHECKPOINT, checkpoint_of_result, load_last, load_run
+from bce3s.train.state import Cursor
 from pipelines.format import ShardSet, open_shards
 from pipelines.loaders import MADE_UP_PIXELS
 from pipelines.store import is_remote
@@ -43,6 +45,32 @@ def load_trained(run: Path, checkpoint: str) -> Loaded:
     if checkpoint == "last":
         return load_last(run)
     return Loaded(load_checkpoint(run / BEST_CHECKPOINT, torch.device("cpu")), run / BEST_CHECKPOINT, ())
+
+
+def retrained_with(state: dict[str, Any], run: Path | None) -> str:
+    """The method of a stage two that trained this checkpoint's classifier anew; empty for a stage one.
+
+    The run's folder says it; of a checkpoint that lies outside of one it is not known, and taken for a stage one's.
+    """
+    record = None if run is None else run / ENVIRONMENT_FILE
+    if record is None or not record.is_file() or read_json(record).get("stage") != 2:
+        return ""
+    return str(json.loads(state["config"])["retrain"]["method"])
+
+
+def moment_of(state: dict[str, Any], path: Path, shards: ShardSet | None) -> str:
+    """'last epoch (3)', 'best epoch on val (2)', or of a run that is not at an epoch's end 'last checkpoint (step 12 of epoch 4)'.
+
+    Args:
+        state: of the checkpoint at `path`.
+        path: of the checkpoint.
+        shards: that it was trained on, which say what it was best on; None where they are gone.
+    """
+    cursor = Cursor(**state["cursor"])
+    if path.name == BEST_CHECKPOINT:
+        where = "" if shards is None else " on val" if shards.num_samples("val") else " on test"
+        return f"best epoch{where} ({cursor.best_epoch + 1})"
+    return f"last checkpoint ({cursor})" if cursor.step else f"last epoch ({cursor.epoch})"
 
 
 def with_loader_for(config: TrainConfig, shards: ShardSet) -> TrainConfig:

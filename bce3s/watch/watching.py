@@ -142,12 +142,17 @@ class Watching:
 
 def _newest_run(folder: Path) -> Path:
     """`folder`, or of the runs of several seeds in it the one that was written to last."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name the folder of a run, such as {folder.parent}")
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name that of a run, or start one with 'bce3s fast-train --out {folder}'")
     if (folder / ENVIRONMENT_FILE).is_file():  # written behind the config
         return folder
     runs = [path.parent for path in folder.glob(f"s*/{ENVIRONMENT_FILE}") if path.parent.name[1:].isdecimal()]
     if not runs:
+        others = sorted(path.parent.name for path in folder.glob(f"*/{ENVIRONMENT_FILE}"))
+        if others:
+            raise UserError(f"{folder} is no run folder but holds {len(others)}; name one, as in 'bce3s watch {folder / others[0]}'")
         raise UserError(f"{folder} holds no run yet: it has no {ENVIRONMENT_FILE}; start one with 'bce3s fast-train --out {folder}'")
     return max(runs, key=_written_s)
 

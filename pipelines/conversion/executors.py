@@ -62,7 +62,7 @@ class ExecutorOptions:
 
 
 def run_units(job: Job, options: ExecutorOptions, on_progress: OnProgress) -> Iterator[UnitRecord]:
-    """Converts all units; `on_progress(images, bytes, skipped)` is called with running totals several times a second.
+    """Converts all units; `on_progress(images, bytes, skipped)` is called with running totals: at the start, and several times a second.
 
     Raises:
         DatasetError, ShardError, OSError: the first failure of any unit; those under way are stopped and leave nothing.
@@ -83,6 +83,7 @@ def _run_here(job: Job, on_progress: OnProgress) -> Iterator[UnitRecord]:
     def report() -> None:
         on_progress(*rows_U3.sum(axis=0).tolist())
 
+    report()
     for unit, row in zip(job.units, rows_U3, strict=True):
         yield convert_unit(job.samples, unit, job.store, Tally(row=row, on_sample=report))
 
@@ -120,6 +121,7 @@ def _run_processes(job: Job, num_processes: int, on_progress: OnProgress) -> Ite
         finished: SimpleQueue[Future[UnitRecord]] = SimpleQueue()
         for number in range(len(job.units)):
             pool.submit(_convert_number, number).add_done_callback(finished.put)
+        on_progress(0, 0, 0)  # rates count from here; not earlier, for what it starts must not be forked
         num_left = len(job.units)
         while num_left:
             try:

@@ -15,7 +15,8 @@ class Theme:
     Args:
         background, text, muted, line, panel: of the page; text and muted are readable (contrast ≥ 4.5:1) on background and panel.
         accent: links, and what has the focus.
-        series: of runs or shot groups, in order; after Okabe & Ito's palette, which the colour-blind can tell apart.
+        series: of runs or shot groups, in order; after Okabe & Ito's palette, which the colour-blind can tell
+            apart; the last five are for pages of more than seven runs, where a colour that comes twice would be worse.
         band: behind the shot groups, drawn nearly transparent.
         diverging: low, middle, high.
     """
@@ -35,13 +36,39 @@ class Theme:
 THEMES = {
     "light": Theme(
         **{"background": "#ffffff", "text": "#1b1f24", "muted": "#57606a", "line": "#d8dde3", "panel": "#f5f7f9", "accent": "#0b5fa5"},
-        series=("#0072b2", "#d55e00", "#00855f", "#b5508c", "#9a6b00", "#3a94cf", "#5c636b"),
+        series=(
+            "#0072b2",
+            "#d55e00",
+            "#00855f",
+            "#b5508c",
+            "#9a6b00",
+            "#3a94cf",
+            "#5c636b",
+            "#7b3fb3",
+            "#b00020",
+            "#1b3a6b",
+            "#5b7f00",
+            "#7a3b12",
+        ),
         band="#57606a",
         diverging=("#0072b2", "#f4f5f6", "#d55e00"),
     ),
     "dark": Theme(
         **{"background": "#14171a", "text": "#e6e8ea", "muted": "#a3abb3", "line": "#343a41", "panel": "#1d2125", "accent": "#6cb6ff"},
-        series=("#56b4e9", "#ff8f4f", "#35c79b", "#e0a0cc", "#f0c040", "#9db8ff", "#b0b6bd"),
+        series=(
+            "#56b4e9",
+            "#ff8f4f",
+            "#35c79b",
+            "#e0a0cc",
+            "#f0c040",
+            "#9db8ff",
+            "#b0b6bd",
+            "#b07cff",
+            "#ff6b7a",
+            "#4fd8d8",
+            "#a8d14f",
+            "#d19a6b",
+        ),
         band="#c5ccd3",
         diverging=("#56b4e9", "#24292e", "#ff8f4f"),
     ),

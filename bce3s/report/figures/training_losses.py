@@ -61,12 +61,12 @@ def _term_panel(term: str, runs: Sequence[RunFindings], names: tuple[str, ...], 
 
 
 def _loss_finding(run: RunFindings, named: bool) -> str:
-    first, last = run.epochs[0], run.epochs[-1]
-    words = [
-        f"{term.replace('_', ' ')} from {first.terms[term]:.3g} to {last.terms[term]:.3g}" + _above_floor(run, term, last.terms[term])
-        for term in sorted(last.terms, key=_term_position)
-        if term in first.terms and term in _TERM_ORDER
-    ]
+    last, words = run.epochs[-1], []
+    for term in (each for each in _TERM_ORDER if each in last.terms):
+        first = next(point for point in run.epochs if term in point.terms)  # a term may begin after a warm-up
+        since = "" if first is run.epochs[0] else f" (epoch {first.epoch})"
+        course = f"{term} from {first.terms[term]:.3g}{since} to {last.terms[term]:.3g}"
+        words.append(course + _above_floor(run, term, last.terms[term]))
     if not words:
         return ""
     return f"{run.name + ', ' if named else ''}{'over' if named else 'Over'} {last.epoch} epochs: {listed(words)}."

@@ -54,6 +54,7 @@ def test_a_machine_with_a_gpu_trains_on_it() -> None:
     assert row_of(rows, "driver").value == "580.65.06, serves CUDA up to 13.0"
     assert row_of(rows, "GPU 0").value == "NVIDIA H100 80GB HBM3, 80 GiB, compute capability 9.0"
     assert row_of(rows, "JPEG engine").value == "7 engines, by nvJPEG"
+    assert row_of(rows_of({**found, "jpeg": {"engines": 1}}), "JPEG engine").value == "1 engine, by nvJPEG"
     verdict = judge(rows, found, None)
     assert verdict.sentence == "Training can run here, on 1 × NVIDIA H100 80GB HBM3."
     assert verdict.command == "bce3s fast-train --dataset folder --shards shards/folder --loader dali --batch-size 128"

@@ -181,5 +181,10 @@ def test_what_does_not_go_together_is_one_sentence() -> None:
         BCE3SLoss.for_classes(COUNTS, 16, temprature=0.1)
     with pytest.raises(ConfigError, match=r"^class_counts holds the training images of each class"):
         BCE3SLoss.for_classes([], 16)
+    for counts in ([0.7, 0.2, 0.1], [-1, 5], [0, 0]):
+        with pytest.raises(ConfigError, match=r"^class_counts holds whole numbers of images, none below 0 and not all 0$"):
+            BCE3SLoss.for_classes(torch.tensor(counts), 16)
+    with pytest.raises(ConfigError, match=r"^features are \[\., 16\] here, not \[6, 15\]$"):
+        fresh()(features_BD[:, 1:], labels_B)
     with pytest.raises(ConfigError, match=r"^feature_dim 0 and projection_dim 128 must be positive$"):
         BCE3SLoss.for_classes(COUNTS, 0)

@@ -188,3 +188,9 @@ def test_every_mistake_is_one_sentence(home: Path, arguments: list[str], sentenc
     assert sentence in found.stderr
     assert len(found.stderr.splitlines()) == 1, found.stderr
     assert found.stdout == ""
+
+
+def test_a_checkpoint_that_is_a_file_cannot_be_another_one(home: Path) -> None:
+    found = run("predict", "run/best.safetensors", "photos", "--checkpoint", "last", cwd=home)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: --checkpoint chooses one of a run folder, and run/best.safetensors is one already")

@@ -55,6 +55,10 @@ class Terminal:
             self.raw += os.read(self._master, 1 << 16)
         self._draw()
 
+    def type(self, keys: bytes) -> None:
+        """As from the keyboard: the terminal echoes them where the cursor is, ^C too. Nobody is sent a signal."""
+        os.write(self._master, keys)
+
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not condition():

@@ -94,8 +94,11 @@ def test_a_terminal_shows_the_run_and_is_clean_after_an_interruption(command: li
     assert text.count("╭─") == 1, text  # each picture took the place of the one before
     assert not terminal.cursor_shown
     assert process.pid is not None
+    terminal.type(b"\x03")
     os.kill(process.pid, signal.SIGINT)
     terminal.wait_for(lambda: "stopped by SIGINT" in terminal.text)
+    assert b"^C" in terminal.raw
+    assert not [line for line in terminal.overflows if "^C" in line]  # it would push the picture down, and its top would stay
     assert finish(process) == 0
     terminal.read()
     assert terminal.cursor_shown

@@ -175,6 +175,13 @@ def test_a_single_evaluation_is_no_curve() -> None:
     assert isinstance(training_accuracy([once, made_up("other")]), Figure)
 
 
+def test_a_term_that_begins_after_a_warm_up_is_told_from_there() -> None:
+    run = made_up(epochs=4)
+    late = tuple(replace(each, terms={**each.terms, "contrastive": 20.0 - each.epoch}) for each in run.epochs[1:])
+    (finding,) = drawn(training_losses([replace(run, epochs=(run.epochs[0], *late))])).findings
+    assert "contrastive from 18 (epoch 2) to 16 and uniform" in finding
+
+
 def test_a_file_holds_the_figure_on_white() -> None:
     picture = Image.open(io.BytesIO(drawn(accuracy_by_count([made_up()])).image("png"))).convert("RGB")
     assert min(picture.size) > 400

@@ -216,6 +216,9 @@ def test_other_shards_are_not_measured_with(run: Path, make_shards: MakeShards, 
         measure(run, shards=other, device="cpu")
     with pytest.raises(ShardError, match="no shards at"):
         read_findings([trained], Asked(shards=str(run / "nowhere")))
+    edit(run / ENVIRONMENT_FILE, lambda recorded: recorded.pop("fingerprint"))
+    unknown = only(read_findings([run], Asked(model=True, device="cpu", shards=str(other.root))))
+    assert "died before it recorded which shards" in notes_of(unknown, "confusions")[0]
 
 
 def test_a_run_that_was_stopped_shows_its_newest_checkpoint(shards: ShardSet, tmp_path: Path) -> None:
@@ -228,8 +231,8 @@ def test_a_run_that_was_stopped_shows_its_newest_checkpoint(shards: ShardSet, tm
     assert found.measurements == {MEASURED: found.measured.accuracy.headline()}
     assert found.per_class_K == found.measured.accuracy.per_class
     (sentence,) = notes_of(found, "headline")
-    assert "1 of 2 epochs" in sentence
-    assert "step 2 of epoch 2" in sentence
+    assert "1 of 2 epochs done: stopped " in sentence
+    assert "its last checkpoint (step 2 of epoch 2)" in sentence
     only_read = only(read_findings([tmp_path / "stopped"], READ_ONLY))
     assert (only_read.headline, only_read.measurements, only_read.per_class_K) == ("", {}, ())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -148,6 +149,15 @@ def test_text_can_be_read_and_curves_be_seen(name: str) -> None:
     assert all(contrast(ink, paper) >= 4.5 for ink in (theme.text, theme.muted, theme.accent) for paper in (theme.background, theme.panel))
     assert all(contrast(colour, theme.background) >= 3 for colour in theme.series)
     assert len(set(theme.series)) == len(theme.series)
+
+
+def test_twelve_runs_have_twelve_colours_and_a_note_that_all_share_is_said_once() -> None:
+    note = Note(section="calibration", sentence="Calibration was not recorded, and it was not measured.")
+    page = page_of(findings(*(replace(made_up(f"run-{i}", epochs=2, measured=False), notes=(note,)) for i in range(12))))
+    legend = page.split('<ul class="legend"')[1].split("</ul>")[0]
+    assert len(set(re.findall(r"var\(--series-\d+\)", legend))) == 12
+    assert page.count(note.sentence) == 1
+    assert f"<strong>{', '.join(f'run-{i}' for i in range(12))}:</strong> {note.sentence}" in page
 
 
 def test_a_page_that_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:

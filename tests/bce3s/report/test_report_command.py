@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,10 @@ def test_without_the_model_the_record_alone_is_shown_and_files_are_not_replaced_
     files = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert sorted(done.stdout.splitlines()[1].removeprefix("figures: ").split(", ")) == files
     assert {"accuracy-by-count.svg", "class-counts.svg", "throughput.svg", "training-losses.svg"} <= set(files)
+
+    shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
+    both = commands.run("report", str(run), "copy", "--no-model", "--out", "both.html", cwd=tmp_path)
+    assert both.stderr.count("note: ours, copy: Not measured: it was asked for without the model.\n") == 1
 
     again = commands.run(*arguments, "--out", "other.html", cwd=tmp_path)
     assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)

@@ -41,7 +41,8 @@ def test_a_killed_run_that_goes_on_is_followed_to_its_end(make_shards: Any, tmp_
     assert finish(watching) == 0
     lines = watched.read_text().splitlines()
     assert lines[0] == "following run"
-    assert sum("the run goes on after" in line for line in lines) == 1
+    # Said only where lines that were shown are void: a kill after the save of the last step leaves none.
+    assert sum("the run goes on after" in line for line in lines) <= 1
     assert [line.split("  ")[1] for line in lines if line.startswith("epoch ")][-1] == " 6/6"
     assert lines[-1].startswith("finished: run  last epoch no TTA, % of test:  all ")
 
@@ -139,9 +140,18 @@ def test_watching_needs_no_torch() -> None:
 
 @pytest.mark.parametrize(
     ("folder", "sentence"),
-    [("nowhere", "there is no folder nowhere: name that of a run"), (".", "holds no run yet: it has no environment.json")],
+    [
+        ("nowhere", "there is no folder nowhere: name that of a run"),
+        (".", "holds no run yet: it has no environment.json"),
+        ("note.txt", "note.txt is a file; name the folder of a run"),
+        ("runs", "runs is no run folder but holds 2; name one, as in 'bce3s watch runs/bce'"),
+    ],
 )
 def test_where_there_is_no_run_one_sentence_says_so(tmp_path: Path, folder: str, sentence: str) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    for name in ("bce", "ce"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "environment.json").write_text("{}")
     found = run("watch", folder, cwd=tmp_path)
     assert found.returncode == 2
     assert sentence in found.stderr
