@@ -125,7 +125,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{path.parent} is not a run folder: it has no {path.name}; train first with 'bce3s fast-train --out {path.parent}'"
+            f"{path.parent} is not a run folder: it has no {path.name}; train first with "
+            f"'bce3s fast-train --dataset NAME --out {path.parent}'"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error

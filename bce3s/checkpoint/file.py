@@ -129,7 +129,7 @@ def _read(path: Path) -> tuple[dict[str, JsonValue], bytes]:
             file.seek(0)
             return header, file.read()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise CheckpointError(f"no checkpoint at {path}; train first with 'bce3s fast-train --out {path.parent}'") from None
+        raise CheckpointError(f"no checkpoint at {path}; train first with 'bce3s fast-train --dataset NAME --out {path.parent}'") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}; mend that and try again") from error
 

@@ -28,13 +28,14 @@ def predict(
     output_format: Annotated[
         str | None, typer.Option("--format", help="table, json (a line an image) or csv; default table on a terminal, else csv.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write, replaced where it is there; .json and .jsonl name the format.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; .json and .jsonl name the format.")] = None,
     checkpoint: options.Checkpoint = None,
     device: options.Device = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Images at once; default the run's.")] = None,
     average: Annotated[bool, typer.Option("--average", help="The moving average of the weights, where the run kept one.")] = False,
     adjust_logits: Annotated[float, typer.Option(help="τ: take τ times the log of the class priors off the logits.")] = 0.0,
     no_validate: Annotated[bool, typer.Option("--no-validate", help="Believe the headers of plain JPEGs: faster, damage unseen.")] = False,
+    overwrite: Annotated[bool, options.named("--overwrite")] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Name the classes of images with a trained network.
@@ -56,12 +57,13 @@ def predict(
     if out is not None:
         require(out.absolute().parent.is_dir(), f"--out {out} lies in a folder that does not exist; make it first")
         require(not out.is_dir(), f"--out {out} is a folder; name a file")
+        require(overwrite or not out.exists(), f"{out} is there already; add --overwrite to replace it, or choose another --out")
     with ExitStack() as stack:
         predictor, class_names = _opened(stack, run, checkpoint, device, average, (top, adjust_logits, batch_size, not no_validate))
         _write(predictor, image_paths(images), class_names, written_as, out, quiet)
         num_predicted, num_damaged = predictor.num_predicted, predictor.num_damaged
     if num_damaged:
-        typer.echo(f"error: {num_damaged:,} of {num_predicted + num_damaged:,} files are no readable images", err=True)
+        typer.echo(f"error: of {num_predicted + num_damaged:,} files, {num_damaged:,} could not be read as an image", err=True)
         raise typer.Exit(1)
 
 

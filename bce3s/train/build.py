@@ -78,7 +78,7 @@ def checkpoint_of_result(run: Path) -> str:
 
 
 def _has_none(run: Path) -> CheckpointError:
-    return CheckpointError(f"no checkpoint in {run}; train first with 'bce3s fast-train --out {run}'")
+    return CheckpointError(f"no checkpoint in {run}; train first with 'bce3s fast-train --dataset NAME --out {run}'")
 
 
 def average_applied(state: dict[str, Any], model: Recogniser, config: TrainConfig, path: Path) -> AbstractContextManager[None]:

@@ -240,7 +240,9 @@ def write_header(path: Path, header: Any) -> None:
 class TestOtherFiles:
     def test_missing_names_the_command(self, tmp_path: Path) -> None:
         for path in (tmp_path / "a", tmp_path, tmp_path / "absent" / "a"):
-            with pytest.raises(CheckpointError, match=rf"no checkpoint at {path}; train first with 'bce3s fast-train --out {path.parent}'"):
+            with pytest.raises(
+                CheckpointError, match=rf"no checkpoint at {path}; train first with 'bce3s fast-train --dataset NAME --out {path.parent}'"
+            ):
                 load_checkpoint(path, CPU)
 
     def test_foreign_files(self, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_paths_come_from_standard_input(home: Path, tmp_path: Path) -> None:
     assert [row["path"] for row in rows(found.stdout)] == ["photos/2/4/00043.jpg", "photos/0/0/00002.jpg", "photos/0/0/00001.jpg"]
     assert found.stderr.splitlines() == [
         "warning: cannot read photos/missing.jpg (No such file or directory)",
-        "error: 1 of 4 files are no readable images",
+        "error: of 4 files, 1 could not be read as an image",
     ]
     assert found.returncode == 1
     listed.write_text("\n")
@@ -114,7 +114,7 @@ def test_an_interrupt_ends_it_at_once_also_while_it_waits_for_paths(home: Path, 
     os.mkfifo(fifo)
     held = os.open(fifo, os.O_RDWR)  # so that it never ends
     try:
-        arguments = [str(fifo), "predict", "run", "-", "--out", str(out)]
+        arguments = [str(fifo), "predict", "run", "-", "--out", str(out), "--overwrite"]
         process = begin(arguments, tmp_path / "output", program=str(program), cwd=home)
         os.write(held, b"photos/0/0/00000.jpg\n")
         wait_until(lambda: struct.unpack("i", fcntl.ioctl(held, termios.FIONREAD, b"\0" * 4))[0] == 0)
@@ -136,7 +136,7 @@ def test_a_file_is_written_whole_also_beside_damaged_images(home: Path, tmp_path
     assert found.stdout == ""
     warning, error = found.stderr.splitlines()
     assert warning.startswith(f"warning: {damaged} is not a readable image: ")
-    assert error == "error: 1 of 11 files are no readable images"
+    assert error == "error: of 11 files, 1 could not be read as an image"
     assert [json.loads(line)["path"] for line in out.read_text().splitlines()] == [f"photos/0/0/{i:05d}.jpg" for i in range(10)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.jpg", "found.jsonl"]
 
@@ -176,6 +176,10 @@ def test_links_that_lead_back_are_followed_once_and_pipes_are_not_read(home: Pat
         (["photos", "--top", "0"], "--top must be at least 1, not 0"),
         (["photos", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["photos", "--adjust-logits", "nan"], "--adjust-logits takes a τ from 0 on, such as 1, not nan"),
+        (
+            ["photos", "--out", "run/config.json"],
+            "run/config.json is there already; add --overwrite to replace it",
+        ),
         (["photos", "--out", "nowhere/found.csv"], "--out nowhere/found.csv lies in a folder that does not exist; make it first"),
         (["photos", "--average", "--checkpoint", "best"], "holds no moving average"),
         (["photos", "--checkpoint", "newest"], "unknown checkpoint 'newest'; known: last, best"),
