@@ -16,8 +16,7 @@ from bce3s.evaluate.split import classifier_rows
 from bce3s.heads import NORM_EPS
 from bce3s.losses import resolve_method
 from bce3s.models import Backbone, CosineClassifier, Recogniser
-from bce3s.retrain.record import is_stage_two
-from bce3s.train import TrainedNetwork
+from bce3s.train import TrainedNetwork, retrained_with
 from pipelines.augment.mix import channel_statistics
 from pipelines.config import AugmentConfig
 
@@ -115,8 +114,7 @@ class Export:
     @property
     def retrained_with(self) -> str:
         """The method of a stage two; empty for a stage one."""
-        run = self.trained.run
-        return self.trained.config.retrain.method if run is not None and is_stage_two(run) else ""
+        return retrained_with(self.trained.state, self.trained.run)
 
     @property
     def method(self) -> str:
