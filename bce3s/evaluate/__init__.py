@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bce3s.evaluate.split import classifier_rows, evaluate
+    from bce3s.evaluate.split import classifier_rows, evaluate, features_and_logits
 
-__all__ = ["classifier_rows", "evaluate"]
+__all__ = ["classifier_rows", "evaluate", "features_and_logits"]
 
 
 def __getattr__(name: str) -> Any:

@@ -109,18 +109,24 @@ class _Row:
 
 
 def _logits(model: nn.Module, images: Tensor, placement: Placement, labels_B: Tensor, features: FeatureStatistics | None) -> Tensor:
-    """Float32 logits [B, K]; the features on the way to them are added to `features`.
-
-    A recogniser's backbone alone runs in the placement's precision. Logits rounded to bfloat16, with 8 bits, tie, and of equal logits
-    the arg max takes the first class: where classes are sorted by size, the larger one.
-    """
+    """Float32 logits [B, K]; the features on the way to them are added to `features`."""
     if not isinstance(model, Recogniser):
         assert features is None, "only a recogniser shows its features"
         with placement.autocast():
             logits_BK: Tensor = model(images)
         return logits_BK.float()
-    with placement.autocast():
-        features_BD = model.features(images).float()
+    features_BD, logits_BK = features_and_logits(model, images, placement)
     if features is not None:
         features.add(features_BD, labels_B)
-    return model.classifier(features_BD)  # type: ignore[no-any-return]
+    return logits_BK
+
+
+def features_and_logits(model: Recogniser, images: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+    """Normalised images [B, 3, H, W] to features [B, D] and logits [B, K], both float32, as every measurement and prediction has them.
+
+    The backbone alone runs in the placement's precision. Logits rounded to bfloat16, with 8 bits, tie, and of equal logits the arg max
+    takes the first class: where classes are sorted by size, the larger one.
+    """
+    with placement.autocast():
+        features_BD = model.features(images).float()
+    return features_BD, model.classifier(features_BD)

@@ -1,4 +1,4 @@
-"""Classes of image files by a trained network: `predict_files`, and the command `bce3s predict`."""
+"""Classes of image files by a trained network: `Predictor`, and the command `bce3s predict`."""
 
 from __future__ import annotations
 

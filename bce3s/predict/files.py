@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bce3s.evaluate import features_and_logits
 from bce3s.losses.terms import prior_shift
 from bce3s.metrics import confidence_kind
 from bce3s.train import TrainedNetwork, retrained_with
@@ -97,9 +98,7 @@ class Predictor:
         model, placement = self._network.model, self._network.placement
         with torch.inference_mode():
             images = normalise(images_SHWC, self._mean, self._std, placement.dtype)
-            with placement.autocast():
-                features_BD = model.features(images).float()
-            logits_BK: Tensor = model.classifier(features_BD)
+            _, logits_BK = features_and_logits(model, images, placement)
             return logits_BK if self._shift_K is None else logits_BK - self._shift_K
 
     def _most_likely(self, images_SHWC: Tensor) -> tuple[Tensor, Tensor]:
